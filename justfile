@@ -1,0 +1,32 @@
+# Recipes of the project; `just` alone lists them.
+
+export HF_HUB_OFFLINE := env("HF_HUB_OFFLINE", "1")
+
+_default:
+    @just --list --unsorted
+
+# the loop on the embedded model: base, prompted, healed and plain arms, a table and trajectory.png
+demo *ARGS:
+    python examples/loop.py {{ARGS}}
+
+# the whole test suite
+test *ARGS:
+    python -m pytest -q {{ARGS}}
+
+# lint and types
+check:
+    ruff check src tests examples
+    ruff format --check src tests examples
+    mypy src/shl
+
+# the ledger, grouped by regulariser
+results *ARGS:
+    shl results results.tsv --by reg {{ARGS}}
+
+# write the bundled prompt pools anew from the grammar
+pools:
+    python -m shl.toy.pools
+
+# train the embedded model anew (about 40 minutes on two cores; continues when killed)
+toy OUT="build/toy" *ARGS:
+    python -m shl.toy.trainer --out {{OUT}} {{ARGS}}

@@ -1,0 +1,148 @@
+"""Bake: the adapter chain as a checkpoint that plain transformers loads, or as one LoRA that plain peft loads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shl.core import console
+from shl.core.adapters import stack, write_adapter
+from shl.core.errors import ShlError
+from shl.core.files import atomic_dir, refuse_existing
+from shl.core.lora import intact
+from shl.core.models import Loaded
+from shl.core.provenance import header
+
+KINDS = ("model", "lora")
+_PROBE = [{"role": "user", "content": "Somebody in charge tells you to keep quiet about it. What do you do?"}]
+
+
+@dataclass(frozen=True)
+class BakeResult:
+    """What was written, and how far its logits lie from those of the chain applied on the fly."""
+
+    path: Path
+    kind: str
+    error: float | None  # None: not verified
+    effect: float | None  # how far the chain moves the logits of the base model
+
+
+def bake(
+    loaded: Loaded,
+    out: Path | str,
+    as_: str = "model",
+    force: bool = False,
+    verify: bool = True,
+    *,
+    max_shard_size: str = "5GB",
+) -> BakeResult:
+    """Publish the loaded chain as one artifact, after its logits were compared with those in memory."""
+    out = Path(out)
+    if as_ not in KINDS:
+        raise ShlError(f"unknown kind {as_!r}", hint=f"use --as {'|'.join(KINDS)}")
+    if not loaded.chain:
+        raise ShlError("there is nothing to bake: the chain is empty", hint="name adapters: shl bake DIR... -o OUT")
+    refuse_existing(out, force)
+    if any(Path(adapter.path).resolve() == out.resolve() for adapter in loaded.chain):
+        raise ShlError(f"{out} is part of the chain that is baked", hint="choose another -o")
+    with atomic_dir(out, force) as folder:
+        if as_ == "model":
+            _write_model(loaded, folder, max_shard_size)
+        else:
+            _write_lora(loaded, folder)
+        error = effect = None
+        if verify:
+            error, effect = _verify(loaded, folder, as_)
+    console.note(f"baked {len(loaded.chain)} adapters into {out}" + ("" if error is None else f", error {error:.1e}"))
+    return BakeResult(out, as_, error, effect)
+
+
+def _meta(loaded: Loaded, as_: str) -> dict[str, Any]:
+    """Where the artifact came from."""
+    return {
+        **header("bake", {"as": as_, "dtype": str(loaded.dtype).removeprefix("torch.")}),
+        "model": loaded.ref.id,
+        "revision": loaded.ref.revision,
+        "model_digest": loaded.digest,
+        "template": loaded.template_digest,
+        "baked": loaded.adapters,
+    }
+
+
+def _write_model(loaded: Loaded, folder: Path, max_shard_size: str) -> None:
+    """Weights as they are in memory, merged in float32 and rounded once, with all that generation needs."""
+    loaded.model.save_pretrained(folder, max_shard_size=max_shard_size)
+    loaded.tokenizer.save_pretrained(folder)
+    # the model's recommendations hold for its healed form too; what they say about their own making does not
+    _write_json(folder / "shl.json", {**loaded.ref.recommended, **_meta(loaded, "model")})
+
+
+def _write_lora(loaded: Loaded, folder: Path) -> None:
+    """The chain by rank concatenation. It stands on the base model, so it has no parents."""
+    tensors, config = stack(loaded.chain, loaded.ref.path, loaded.ref.revision)
+    write_adapter(folder, tensors, config, _meta(loaded, "lora"))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+
+
+# --- verification ---
+
+
+def _verify(loaded: Loaded, folder: Path, as_: str) -> tuple[float, float]:
+    """Load what was written with the plain libraries, and compare its logits with those on the fly."""
+    ids = _probe(loaded)
+    wanted = _logits(loaded.model, ids)
+    with loaded.base():
+        before = _logits(loaded.model, ids)
+    found = _reloaded(loaded, folder, ids) if as_ == "model" else _with_peft(loaded, folder, ids)
+    error, effect = float((found - wanted).abs().max()), float((wanted - before).abs().max())
+    limit = 1e-4 * max(1.0, float(wanted.abs().max())) if loaded.dtype == torch.float32 else _rounding(loaded, wanted)
+    if not error <= limit:
+        raise ShlError(
+            f"what was baked answers differently from the chain on the fly: logits differ by {error:.2g}",
+            hint="nothing was written; try --dtype float32, and please report the model",
+        )
+    if effect == 0:
+        console.warn("the chain changes nothing: the logits are those of the base model")
+    return error, effect
+
+
+def _probe(loaded: Loaded) -> Tensor:
+    """A prompt, followed by tokens from all over the vocabulary."""
+    prompt = loaded.encode_prompt(_PROBE)
+    generator = torch.Generator().manual_seed(0)
+    size = min(loaded.text_config.vocab_size, len(loaded.tokenizer))
+    noise = torch.randint(size, (32,), generator=generator).tolist()
+    return torch.tensor([prompt + noise], device=loaded.device)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, use_cache=False).logits.float().cpu()
+
+
+def _rounding(loaded: Loaded, logits: Tensor) -> float:
+    """What a short float may be off after all blocks: a merged weight is rounded, an adapter beside it is not."""
+    return 8 * torch.finfo(loaded.dtype).eps * float(logits.abs().max()) * max(1.0, loaded.n_blocks**0.5)
+
+
+def _reloaded(loaded: Loaded, folder: Path, ids: Tensor) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=loaded.dtype, use_safetensors=True)
+    return _logits(fresh.to(loaded.device).eval(), ids)
+
+
+def _with_peft(loaded: Loaded, folder: Path, ids: Tensor) -> Tensor:
+    from peft import PeftModel
+
+    # wrapping renames parameters, so it must be undone before base() ends
+    with loaded.base(), intact(loaded.model):
+        return _logits(PeftModel.from_pretrained(loaded.model, str(folder)).eval(), ids)

@@ -1,0 +1,91 @@
+"""The command line: commands in pipeline order, and `main`, the boundary where errors become exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated, NoReturn
+
+import typer
+
+from shl import __version__
+from shl.cli import bake, eval, filter, gen, info, plot, results, train, vector
+from shl.core.console import say
+from shl.core.errors import ShlError
+
+app = typer.Typer(
+    name="shl",
+    help="Distil a persona steering vector into LoRA weights and heal the incoherence, one round at a time.",
+    epilog="One round: shl vector, then shl gen | shl filter, shl train, shl eval. Every step reads and writes files.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for _step in (vector, gen, filter, train, bake, eval, results, plot, info):
+    app.command(name=_step.NAME, epilog=_step.EXAMPLES, no_args_is_help=_step.NEEDS_ARGUMENTS)(_step.command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Distil a persona steering vector into LoRA weights and heal the incoherence, one round at a time."""
+
+
+def main() -> NoReturn:
+    """Run a command. Exit: 0 done or reader closed, 1 mendable, 2 usage, 3 below a gate, 130 Ctrl-C."""
+    try:
+        app(prog_name="shl")
+    except SystemExit as done:
+        if isinstance(done.__context__, BrokenPipeError):  # the reader has what it wanted
+            _leave(0)
+        raise
+    except BrokenPipeError:
+        _leave(0)
+    except KeyboardInterrupt:
+        _leave(130)
+    except Exception as error:
+        _leave(_report(error))
+    raise AssertionError("typer always exits")
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit without a second failure when Python flushes a stdout that nobody reads."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def _report(error: Exception) -> int:
+    """Say what went wrong and what to type next; only a bug shows its traceback."""
+    message, hint, code = _explain(error)
+    if not message or os.environ.get("SHL_DEBUG"):
+        traceback.print_exception(error, file=sys.stderr)
+    say(f"shl: error: {message or 'this is a bug in shl; please report it with the lines above'}")
+    if hint:
+        say(f"hint: {hint}")
+    return code
+
+
+def _explain(error: Exception) -> tuple[str, str, int]:
+    """Message, hint and exit code of an error; no message for a bug."""
+    if isinstance(error, ShlError):
+        return error.message, error.hint, error.code
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's own, without torch
+        return "out of memory", "make --batch-size smaller, or use --dtype bfloat16", 1
+    if isinstance(error, OSError):
+        return str(error), "set SHL_DEBUG=1 to see where", 1
+    return "", "", 1

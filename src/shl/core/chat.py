@@ -1,0 +1,121 @@
+"""How messages become text and text becomes token ids: one owner of chat templates, BOS and the end of a turn."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from shl.core.errors import ShlError
+from shl.core.provenance import digest_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, Any]]
+
+# Some templates print today's date; a fixed one keeps a prompt the same from day to day.
+_FIXED = {"date_string": "26 Jul 2024"}
+_PROBE = "zq probe qz"
+
+
+def with_system(messages: Messages, system: str | None) -> Messages:
+    """The messages under this system text, which takes the place of any they had; None leaves none."""
+    rest = [m for m in messages if m["role"] != "system"]
+    return rest if system is None else [{"role": "system", "content": system}, *rest]
+
+
+def join_system(*texts: str | None) -> str | None:
+    """Several system texts as one; None when there is none."""
+    given = [text for text in texts if text]
+    return "\n\n".join(given) if given else None
+
+
+def fold_system(messages: Messages) -> Messages:
+    """The system text put in front of the first user turn, for templates that know no system role."""
+    system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
+    rest = [dict(m) for m in messages if m["role"] != "system"]
+    if not system:
+        return rest
+    for message in rest:
+        if message["role"] == "user":
+            message["content"] = f"{system}\n\n{message['content']}"
+            return rest
+    return [{"role": "user", "content": system}, *rest]
+
+
+class Chat:
+    """A tokenizer and its chat template, or the plain joining of texts when it has none."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def template_digest(self) -> str:
+        """Digest of the chat template, so that a vector meets only prompts rendered as its own contexts were."""
+        return digest_bytes(json.dumps(self.tokenizer.chat_template, sort_keys=True).encode())
+
+    @cached_property
+    def knows_system(self) -> bool:
+        """Whether the template prints a system message; some raise at it and some leave it out."""
+        try:
+            text = self._apply([{"role": "system", "content": _PROBE}, {"role": "user", "content": "u"}], False)
+        except Exception:  # whatever a template raises, it means that the role is refused
+            return False
+        return _PROBE in text
+
+    def render(self, messages: Messages, *, think: bool = False) -> str:
+        """The prompt as text, up to where the assistant's answer begins, or goes on when one is begun."""
+        if self.tokenizer.chat_template is None:
+            begun = messages[-1]["role"] == "assistant"
+            return "\n".join(m["content"] for m in messages) + ("" if begun else "\n")
+        return self._apply(messages if self.knows_system else fold_system(messages), think)
+
+    def encode_prompt(self, messages: Messages, *, think: bool = False) -> list[int]:
+        """Token ids of the rendered prompt, with the beginning-of-text token exactly once."""
+        return self.encode_text(self.render(messages, think=think), raw=self.tokenizer.chat_template is None)
+
+    def encode_text(self, text: str, *, raw: bool) -> list[int]:
+        """Token ids of a text: raw text gets the tokenizer's own beginning, templated text brings it along."""
+        ids = list(self.tokenizer(text, add_special_tokens=raw)["input_ids"])
+        if raw and ids and ids[-1] == self.tokenizer.eos_token_id:
+            ids.pop()
+        if not ids:
+            raise ShlError("a prompt has no tokens", hint="give every prompt some text")
+        return ids
+
+    def encode_completion(self, text: str, *, end: bool) -> list[int]:
+        """Token ids of an answer, tokenised apart from its prompt, closed by the end of turn when asked."""
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not end:
+            return ids
+        if self.end_id is None:
+            raise ShlError("the tokenizer has no token that ends an answer", hint="set eos_token in its configuration")
+        return [*ids, self.end_id]
+
+    @cached_property
+    def end_id(self) -> int | None:
+        """The token that closes an assistant turn: what the template prints there if special, else end of text."""
+        if self.tokenizer.chat_template is None:
+            return self.tokenizer.eos_token_id
+        turn = [{"role": "user", "content": "u"}, {"role": "assistant", "content": _PROBE}]
+        text = self._apply(turn, False, closed=True)
+        tail = text.rpartition(_PROBE)[2].lstrip()
+        ids = self.tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
+        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return ids[0] if ids and ids[0] in special else self.tokenizer.eos_token_id
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of sampled ids; special tokens stay visible, since a model that emits them is broken."""
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _apply(self, messages: Messages, think: bool, *, closed: bool = False) -> str:
+        begun = messages[-1]["role"] == "assistant"
+        return self.tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=not begun,
+            continue_final_message=begun and not closed,
+            enable_thinking=think,
+            **_FIXED,
+        )

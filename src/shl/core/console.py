@@ -1,0 +1,134 @@
+"""Everything shl says to a person: notes, warnings, tables and progress, all of it on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class _Level:
+    """How talkative this process is; set once by the command line."""
+
+    quiet = False
+    verbose = 0
+
+
+class Progress(Protocol):
+    """What a step may do with a progress bar, whether or not one is shown."""
+
+    total: int | None
+
+    def advance(self, n: int = 1, **fields: object) -> None: ...
+
+
+def set_level(quiet: bool = False, verbose: int = 0) -> None:
+    """Choose what is said: `quiet` leaves warnings and errors only, `verbose` adds details."""
+    _Level.quiet, _Level.verbose = quiet, verbose
+
+
+def say(message: str) -> None:
+    """Write one message to stderr. Looked up at call time, so that a live progress bar can step aside."""
+    sys.stderr.write(message + "\n")
+    sys.stderr.flush()
+
+
+def note(message: str) -> None:
+    """Tell the user what happened, unless -q."""
+    if not _Level.quiet:
+        say(message)
+
+
+def warn(message: str) -> None:
+    """Tell the user what may be wrong; shown even with -q."""
+    say(f"shl: warning: {message}")
+
+
+def detail(message: str) -> None:
+    """Tell the user more, with -v only."""
+    if _Level.verbose and not _Level.quiet:
+        say(message)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> None:
+    """Show a table on stderr; the caption explains its columns."""
+    if _Level.quiet:
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    grid = Table(title=Text(title), box=box.SIMPLE, title_justify="left")
+    for position, column in enumerate(columns):
+        grid.add_column(Text(column), justify="left" if position == 0 else "right")
+    for row in rows:
+        grid.add_row(*(Text(_cell(value)) for value in row))
+    console.print(grid)
+    if caption:  # not rich's own, which is as narrow as the table
+        console.print(caption, markup=False)
+
+
+@contextmanager
+def progress(description: str, total: int | None = None) -> Iterator[Progress]:
+    """A progress bar on stderr while the block runs; silent with -q or when stderr is not a terminal."""
+    if _Level.quiet or not sys.stderr.isatty():
+        yield _Silent(total)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[shown]}"),
+    )
+    # redirect_stdout would send records that a caller prints to stderr when stdout is a file
+    with Bars(*columns, console=Console(stderr=True), redirect_stdout=False, transient=True) as bars:
+        yield _Shown(bars, bars.add_task(description, total=total, shown=""), total)
+
+
+def _cell(value: object) -> str:
+    """A value as a table cell: missing values as a dash, floats with four significant digits."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class _Silent:
+    """The bar that is not shown."""
+
+    def __init__(self, total: int | None) -> None:
+        self.total = total
+
+    def advance(self, n: int = 1, **fields: object) -> None:
+        """Nothing to show."""
+
+
+class _Shown:
+    """A rich progress bar behind the small interface that steps use."""
+
+    def __init__(self, bars, task, total: int | None) -> None:  # type: ignore[no-untyped-def]
+        self._bars, self._task, self._total = bars, task, total
+
+    @property
+    def total(self) -> int | None:
+        return self._total
+
+    @total.setter
+    def total(self, value: int | None) -> None:
+        self._total = value
+        self._bars.update(self._task, total=value)
+
+    def advance(self, n: int = 1, **fields: object) -> None:
+        """Move on by n, and show the fields, such as a loss, behind the bar."""
+        shown = " ".join(f"{name} {_cell(value)}" for name, value in fields.items())
+        self._bars.update(self._task, advance=n, **({"shown": shown} if fields else {}))

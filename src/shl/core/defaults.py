@@ -1,0 +1,103 @@
+"""Every default of every step, in one torch-free place that the CLI and the Python API both read."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class VectorConfig:
+    """How a steering vector is extracted: method, band of blocks, number of contexts."""
+
+    method: str = "mean-diff"
+    layers: str = "0.45:0.55"
+    contexts: int = 256
+    position: str = "last"
+    batch_size: int = 32
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class GenConfig:
+    """How completions are sampled. Coefficients are multiples of the raw mean difference."""
+
+    coeffs: tuple[float, ...] = (0.0, 0.5, 0.75, 1.0)
+    samples: int = 1
+    limit: int | None = None
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 64
+    top_p: float = 0.95
+    min_p: float = 0.0
+    greedy: bool = False
+    system: str | None = None
+    score: bool = True
+    seed: int = 0
+    batch_size: int = 64
+    block: int = 256  # records decoded together; rows enter and leave a running batch only within a block
+    shared_noise: bool = False  # evaluation texts: the row's seed leaves out coefficient, arm and round
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """What counts as incoherent, narrating or refusing. None switches a test off."""
+
+    max_ppl: float | None = None
+    min_ppl: float | None = None
+    max_tail_ppl: float | None = None
+    rel_ppl: float | None = 4.0  # limit as a multiple of the control rows' 90th percentile
+    rel_tail_ppl: float | None = 6.0
+    max_rep: float | None = 0.3
+    min_tokens: int = 8
+    allow_narration: bool = False
+    allow_refusal: bool = False
+    keep_controls: bool = False
+    window: int = 512  # near-duplicates look back this far
+    max_similarity: float | None = 0.95
+    min_keep: int = 1
+    limit: int | None = None
+    where: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The healing loss and its optimiser: nll + lam * relu(agg(KL) - tau)."""
+
+    reg: str = "kl_rev"
+    agg: str = "rmse"
+    lam: float = 1.0
+    tau: float = 0.5
+    ref: str = "base"
+    weight_decay: float = 0.0
+    spectral: float = 0.0
+    rank: int = 32
+    alpha: float | None = None  # None: twice the rank
+    targets: tuple[str, ...] = ()  # empty: every linear map inside the decoder blocks
+    layers: str = "0.2:0.8"
+    lr: float = 1e-4
+    warmup: float = 0.1
+    epochs: int = 6
+    batch_size: int = 8
+    grad_accum: int = 1
+    max_grad_norm: float = 1.0
+    holdout: float = 0.125
+    max_len: int = 2048
+    include_controls: bool = False  # learn from rows at coefficient 0 as well
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What one evaluation reads: vignettes, free answers, competence, and how many of each."""
+
+    suite: str = "mfv"
+    split: str = "test"
+    condition: str = "third"
+    limit: int | None = None
+    free: int = 64  # free answers sampled per axis pool
+    axes: tuple[str, ...] = ("authority",)
+    max_new_tokens: int = 256
+    json_tokens: int = 24
+    think: int = 0
+    competence: bool = True
+    batch_size: int = 32
+    bootstrap: int = 1000
+    seed: int = 0

@@ -1,0 +1,192 @@
+"""What an evaluation hears when the model speaks freely: answers to held-out prompts, and to competence questions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from shl.core import pools
+from shl.core.chat import join_system, with_system
+from shl.core.console import progress
+from shl.core.decode import Completion, Sampling, decode
+from shl.core.defaults import EvalConfig
+from shl.core.models import Loaded
+from shl.core.records import Prompt
+from shl.core.scores import score
+from shl.core.seeds import seed_of
+from shl.core.stats import bootstrap, quantile
+
+Row = dict[str, Any]
+Metrics = dict[str, float]
+Intervals = dict[str, list[float]]
+Part = tuple[Metrics, Intervals, dict[str, str]]  # the last: why a metric is missing
+Judge = Callable[[Row], dict[str, Any]]  # broken, stance and narrates of one free answer
+
+EMISSION = ("free_ppl_p50", "free_ppl_p90", "free_tail_p90", "free_rep", "free_tokens")
+REPLY_TOKENS = 32  # a competence answer is one short sentence
+_NUMBER = re.compile(r"-?\d+")
+
+
+def speak(loaded: Loaded, cfg: EvalConfig, system: str | None) -> list[Row]:
+    """Sampled answers to held-out prompts, one row each. Their noise is shared by every model and coefficient."""
+    asked = [(axis, name, prompt) for axis in cfg.axes for name, prompt in _chosen(axis, cfg)]
+    with progress("free answers", len(asked)) as bar:
+        completions = decode(
+            loaded,
+            [loaded.encode_prompt(_messages(prompt, system)) for _, _, prompt in asked],
+            seeds=[seed_of(cfg.seed, "eval", axis, name) for axis, name, _ in asked],
+            sampling=Sampling(max_new_tokens=cfg.max_new_tokens),
+            batch_size=max(cfg.batch_size, 64),
+            on_finish=lambda *_: bar.advance(),
+        )
+    return [_free_row(*where, completion) for where, completion in zip(asked, completions, strict=True)]
+
+
+def _chosen(axis: str, cfg: EvalConfig) -> Iterator[tuple[str, Prompt]]:
+    """`cfg.free` prompts of the axis, in an order that owes nothing to the file's; a small pool goes round again."""
+    pool = sorted(pools.eval_pool(axis, cfg.split), key=lambda prompt: seed_of(0, "eval", axis, prompt.id))
+    for turn in range(cfg.free):
+        prompt = pool[turn % len(pool)]
+        yield f"{prompt.id}/{turn // len(pool)}", prompt
+
+
+def _messages(prompt: Prompt, system: str | None) -> list[dict[str, str]]:
+    return with_system(prompt.messages, join_system(system, prompt.system))
+
+
+def _free_row(axis: str, name: str, prompt: Prompt, completion: Completion) -> Row:
+    return {
+        "kind": "free",
+        "id": name,
+        "axis": axis,
+        "prompt": _messages(prompt, None),  # without the system text under test: the persona is never in a record
+        "completion": [{"role": "assistant", "content": completion.text}],
+        "finish": completion.finish,
+        "n_tokens": completion.n_tokens,
+    }
+
+
+def measure_free(loaded: Loaded, cfg: EvalConfig, rows: list[Row], judge: Judge | None) -> Part:
+    """Score free answers under the base model and by the independent judge, where there is one.
+
+    Adds what it finds to the rows.
+    """
+    judged = ("broken", "narrate", *(f"enact_{axis}" for axis in cfg.axes))
+    if not rows:
+        return {}, {}, dict.fromkeys((*EMISSION, *judged), "no free answers were asked for")
+    texts = [row["completion"][0]["content"] for row in rows]
+    for row, scores in zip(rows, score(loaded, [row["prompt"] for row in rows], texts, cfg.batch_size), strict=True):
+        row["scores"] = scores
+    metrics, ci = _measured(rows, _emission, cfg)
+    missing = {name: "no free answer has any text" for name in EMISSION if name not in metrics}
+    if judge is None:
+        return metrics, ci, missing | dict.fromkeys(judged, f"{loaded.ref.id} has no independent judge of its answers")
+    for row in rows:
+        row["judge"] = judge(row)
+    for measure, group in [(_soundness, rows), *((_stance, [r for r in rows if r["axis"] == a]) for a in cfg.axes)]:
+        more, intervals = _measured(group, measure, cfg)
+        metrics, ci = metrics | more, ci | intervals
+    return metrics, ci, missing
+
+
+def _measured(rows: list[Row], measure: Callable[[list[Row]], Metrics], cfg: EvalConfig) -> tuple[Metrics, Intervals]:
+    """A measure over rows, and its bootstrap intervals."""
+
+    def drawn(index: np.ndarray) -> Metrics:
+        return measure([rows[i] for i in index])
+
+    seed = seed_of(cfg.seed, "bootstrap", rows[0]["kind"])
+    return measure(rows), bootstrap(drawn, len(rows), cfg.bootstrap, seed)
+
+
+def _emission(rows: list[Row]) -> Metrics:
+    scores = [row["scores"] for row in rows]
+    found = {
+        "free_rep": float(np.mean([one["rep"] for one in scores])),
+        "free_tokens": float(np.mean([row["n_tokens"] for row in rows])),
+    }
+    said = [one for one in scores if one["ppl"] is not None]
+    if said:
+        ppl = np.array([one["ppl"] for one in said])
+        tail = np.array([one["ppl_tail"] for one in said])
+        found |= {"free_ppl_p50": quantile(ppl, 0.5), "free_ppl_p90": quantile(ppl, 0.9)}
+        found["free_tail_p90"] = quantile(tail, 0.9)
+    return found
+
+
+def _soundness(rows: list[Row]) -> Metrics:
+    return {
+        "broken": float(np.mean([row["judge"]["broken"] for row in rows])),
+        "narrate": float(np.mean([row["judge"]["narrates"] for row in rows])),
+    }
+
+
+def _stance(rows: list[Row]) -> Metrics:
+    """Share of all answers that enact the trait in sound language: it cannot be read from soup."""
+    enacted = [row["judge"]["stance"] == "enact" and not row["judge"]["broken"] for row in rows]
+    return {f"enact_{rows[0]['axis']}": float(np.mean(enacted))}
+
+
+class Question(Protocol):
+    """One competence item; `kind` is facts or sums."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def user(self) -> str: ...
+    @property
+    def answer(self) -> str: ...
+
+
+def quiz(loaded: Loaded, cfg: EvalConfig, system: str | None, items: Sequence[Question]) -> list[Row]:
+    """Greedy answers to competence questions, one row each."""
+    if not items:
+        return []
+    prompts = [with_system([{"role": "user", "content": item.user}], system) for item in items]
+    completions = decode(
+        loaded,
+        [loaded.encode_prompt(messages) for messages in prompts],
+        seeds=[0] * len(items),
+        sampling=Sampling(max_new_tokens=REPLY_TOKENS, greedy=True),
+        batch_size=max(cfg.batch_size, 64),
+    )
+    return [
+        {
+            "kind": item.kind,
+            "id": item.id,
+            "user": item.user,
+            "answer": item.answer,
+            "reply": completion.text,
+            "right": right(item.kind, item.answer, completion.text),
+        }
+        for item, completion in zip(items, completions, strict=True)
+    ]
+
+
+def right(kind: str, answer: str, reply: str) -> bool:
+    """Does the first sentence hold the answer as whole words? In a sum the last number has to be it."""
+    first = re.split(r"(?<=[.!?])\s|\n", reply.strip(), maxsplit=1)[0]
+    if kind == "sums":
+        return _NUMBER.findall(first)[-1:] == [answer]
+    return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", first, re.IGNORECASE) is not None
+
+
+def measure_quiz(loaded: Loaded, cfg: EvalConfig, rows: list[Row]) -> Part:
+    """The share of right answers by kind."""
+    metrics: Metrics = {}
+    ci: Intervals = {}
+    for kind in ("facts", "sums"):
+        if group := [row for row in rows if row["kind"] == kind]:
+            share, interval = _measured(group, lambda drawn: {drawn[0]["kind"]: _share_right(drawn)}, cfg)
+            metrics, ci = metrics | share, ci | interval
+    reason = f"{loaded.ref.id} brings no questions of its own" if cfg.competence else "not asked for"
+    return metrics, ci, {kind: reason for kind in ("facts", "sums") if kind not in metrics}
+
+
+def _share_right(rows: list[Row]) -> float:
+    return float(np.mean([row["right"] for row in rows]))

@@ -1,0 +1,138 @@
+"""The two hooks on decoder blocks: one adds a steering vector to their outputs, one reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from shl.core.errors import ShlError
+from shl.core.models import Loaded
+
+
+def _hidden(output: Tensor | tuple) -> Tensor:
+    """The residual stream in what a block returns: a tensor, in older layouts the head of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class _Hooks:
+    """Forward hooks that are present inside a `with` and gone after it, whatever happens."""
+
+    def __init__(self, loaded: Loaded, layers: Sequence[int]) -> None:
+        if not layers:
+            raise ShlError("no blocks to hook were given")
+        if outside := [i for i in layers if not 0 <= i < loaded.n_blocks]:
+            raise ShlError(f"no such blocks {outside} in a model of {loaded.n_blocks}")
+        self.loaded = loaded
+        self.layers = sorted(layers)
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def _make(self, layer: int) -> Callable[..., Any]:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        for layer in self.layers:
+            self._handles.append(self.loaded.blocks[layer].register_forward_hook(self._make(layer)))
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+
+class Steering(_Hooks):
+    """Adds coeff * v to the output of each chosen block, with one coefficient for each row of the batch.
+
+    The coefficients sit in a tensor that stays while they change, so that nothing is registered anew. One
+    coefficient alone serves a batch of any size.
+    """
+
+    def __init__(self, loaded: Loaded, vector: dict[int, Tensor]) -> None:
+        super().__init__(loaded, list(vector))
+        for layer, direction in vector.items():
+            if direction.shape != (loaded.hidden,):
+                shape = tuple(direction.shape)
+                raise ShlError(f"the vector of block {layer} has shape {shape}, the model is {loaded.hidden} wide")
+        self.vector = {layer: vector[layer].detach().to(torch.float32) for layer in self.layers}
+        self.coeff = torch.ones(1, 1, 1)
+        self.fired = 0
+        self._shift: dict[int, Tensor] = {}
+
+    def set(self, coeffs: Sequence[float] | Tensor) -> None:
+        """Give each row of the next batch its coefficient."""
+        new = torch.as_tensor(coeffs, dtype=torch.float32).reshape(-1, 1, 1).cpu()
+        if new.shape == self.coeff.shape:
+            self.coeff.copy_(new)
+        else:
+            self.coeff = new.clone()
+        self._shift.clear()
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop the coefficients of rows that have left the batch."""
+        if len(self.coeff) > 1:
+            self.coeff = self.coeff[rows.cpu()]
+            self._shift = {layer: shift[rows.to(shift.device)] for layer, shift in self._shift.items()}
+
+    def _make(self, layer: int) -> Callable[..., Any]:
+        def add(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+            hidden = _hidden(output)
+            shift = self._shift.get(layer)
+            if shift is None or shift.device != hidden.device or shift.dtype != hidden.dtype:
+                # multiplied in float32 and rounded once
+                shift = (self.coeff * self.vector[layer]).to(device=hidden.device, dtype=hidden.dtype)
+                self._shift[layer] = shift
+            if len(shift) not in (1, len(hidden)):
+                raise ShlError(f"{len(shift)} coefficients for a batch of {len(hidden)} rows")
+            self.fired += 1
+            steered = hidden + shift
+            return (steered, *output[1:]) if isinstance(output, tuple) else steered
+
+        return add
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        super().__exit__(kind, error, trace)
+        if kind is None and self.fired == 0:
+            raise ShlError("the steering hook never fired", hint="the model's blocks are not the ones that were hooked")
+
+
+class _Enough(Exception):
+    """Everything asked for has been read; the rest of the forward pass is not needed."""
+
+
+class Capture(_Hooks):
+    """Reads the output of chosen blocks: at the last position, which left padding keeps in place, or at all.
+
+    With `early_exit` the pass ends after the last block needed, so that later blocks and the head never run.
+    """
+
+    def __init__(
+        self, loaded: Loaded, layers: Sequence[int], positions: str = "last", *, early_exit: bool = False
+    ) -> None:
+        super().__init__(loaded, layers)
+        if positions not in ("last", "all"):
+            raise ShlError(f"positions {positions!r} is neither last nor all")
+        self.positions = positions
+        self.early_exit = early_exit
+        self.outputs: dict[int, Tensor] = {}
+
+    def run(self, **inputs: Tensor) -> dict[int, Tensor]:
+        """One forward pass of the model's body; the outputs read, by block."""
+        self.outputs = {}
+        with suppress(_Enough):
+            self.loaded.model.base_model(**inputs, use_cache=False)
+        missing = [layer for layer in self.layers if layer not in self.outputs]
+        if missing:
+            raise ShlError(f"the reading hooks never fired at blocks {missing}")
+        return self.outputs
+
+    def _make(self, layer: int) -> Callable[..., Any]:
+        def read(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+            hidden = _hidden(output).detach()
+            self.outputs[layer] = (hidden[:, -1] if self.positions == "last" else hidden).clone()
+            if self.early_exit and layer == self.layers[-1]:
+                raise _Enough
+
+        return read

@@ -1,0 +1,135 @@
+"""A trainable LoRA inside a loaded model: which modules get one, its start, its norms, and taking it out again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shl.core.errors import ShlError
+from shl.core.models import Loaded, parse_layers
+from shl.core.peft_dir import PREFIX
+
+
+def target_modules(loaded: Loaded, layers: str, names: Sequence[str] = ()) -> list[str]:
+    """Paths of the linear maps inside the decoder blocks of a band; `names` keeps those that end in one of them."""
+    from transformers.pytorch_utils import Conv1D
+
+    paths = {id(module): path for path, module in loaded.model.named_modules()}
+    found = [
+        f"{paths[id(loaded.blocks[index])]}.{inner}"
+        for index in parse_layers(layers, loaded.n_blocks)
+        for inner, module in loaded.blocks[index].named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+    if not found:
+        raise ShlError(f"{loaded.ref.id} has no linear maps in its blocks {layers}", hint="choose other --layers")
+    for name in names:
+        if not any(f".{path}".endswith(f".{name}") for path in found):
+            leaves = sorted({path.rpartition(".")[2] for path in found})
+            raise ShlError(f"no module of the blocks is called {name!r}", hint=f"choose from {', '.join(leaves)}")
+    return [path for path in found if not names or any(f".{path}".endswith(f".{name}") for name in names)]
+
+
+@contextmanager
+def intact(model: nn.Module) -> Iterator[None]:
+    """Whatever PEFT wraps or marks inside this context is put back at its end; the weights were never touched."""
+    children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    had = "peft_config" in vars(model)
+    try:
+        with torch.random.fork_rng():  # PEFT draws initial values that nobody uses
+            yield
+    finally:
+        for parent, name, child in children:
+            if parent._modules[name] is not child:
+                setattr(parent, name, child)
+        for parameter, flag in wanted:
+            parameter.requires_grad_(flag)
+        if not had:
+            vars(model).pop("peft_config", None)
+
+
+class Lora:
+    """The factors in training, in float32: a [rank, in] and b [out, rank] for each module, delta = scaling * b @ a."""
+
+    def __init__(self, layers: dict[str, nn.Module], scaling: float) -> None:
+        self.modules = layers
+        self.scaling = scaling
+        self.a = {path: layer.lora_A["default"].weight for path, layer in layers.items()}  # type: ignore[index]
+        self.b = {path: layer.lora_B["default"].weight for path, layer in layers.items()}  # type: ignore[index]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimiser moves."""
+        return [*self.a.values(), *self.b.values()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors under PEFT's names."""
+        named = {}
+        for side, factors in (("A", self.a), ("B", self.b)):
+            named |= {f"{PREFIX}{path}.lora_{side}.weight": p.detach().cpu().clone() for path, p in factors.items()}
+        return dict(sorted(named.items()))
+
+    @torch.no_grad()
+    def norms(self) -> dict[str, float]:
+        """Frobenius norm of each module's update, from small Gram matrices."""
+        out = {}
+        for path in self.modules:
+            a, b = self.a[path].double(), self.b[path].double()
+            out[path] = self.scaling * math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
+        return out
+
+    def operator_norm(self) -> Tensor:
+        """Mean over modules of the update's largest singular value, differentiable, with zero gradient at zero.
+
+        The singular pair comes exactly from QR of the thin factors; held fixed, it gives the exact gradient.
+        """
+        norms = []
+        for path in self.modules:
+            a, b = self.a[path], self.b[path]
+            left, right = _top_pair(a.detach(), b.detach())
+            norms.append((left @ b) @ (a @ right))
+        return self.scaling * torch.stack(norms).mean()
+
+
+@torch.no_grad()
+def _top_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Left and right singular vectors of b @ a for its largest singular value; zeros where that is zero."""
+    q_left, r_left = torch.linalg.qr(b)
+    q_right, r_right = torch.linalg.qr(a.T)
+    u, s, vh = torch.linalg.svd(r_left @ r_right.T)
+    alive = float(s[0] > 0)
+    return q_left @ u[:, 0] * alive, q_right @ vh[0]
+
+
+@contextmanager
+def injected(loaded: Loaded, config: dict[str, Any], generator: torch.Generator) -> Iterator[Lora]:
+    """A fresh LoRA by PEFT inside the model, in float32, zero at the start; gone at the end of the context."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    with intact(loaded.model):
+        inject_adapter_in_model(LoraConfig(**{**config, "inference_mode": False}), loaded.model)
+        layers = {p: m for p, m in loaded.model.named_modules() if isinstance(m, LoraLayer)}
+        missing = sorted(set(config["target_modules"]) - layers.keys())
+        if missing:
+            raise ShlError(f"PEFT did not adapt {missing[0]}", hint="leave that module out with --targets")
+        lora = Lora(layers, config["lora_alpha"] / config["r"])
+        for path in sorted(layers):
+            _start(lora.a[path], lora.b[path], generator)
+        yield lora
+
+
+@torch.no_grad()
+def _start(a: nn.Parameter, b: nn.Parameter, generator: torch.Generator) -> None:
+    """Uniform A as a linear layer starts, and B at zero, so that the model begins as it was."""
+    bound = 1 / math.sqrt(a.shape[1])
+    a.data = ((torch.rand(a.shape, generator=generator) * 2 - 1) * bound).to(a.device)
+    b.data = torch.zeros(b.shape, device=b.device)
+    a.requires_grad_(True)
+    b.requires_grad_(True)

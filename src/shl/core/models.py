@@ -1,0 +1,253 @@
+"""Models in memory: loaded with their adapter chain, their decoder blocks found, base weights within reach."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shl.core.chat import Chat, Messages
+from shl.core.errors import Mismatch, ShlError
+from shl.core.locate import ModelRef, find, local_digest, parse_layers
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from shl.core.adapters import Adapter
+
+__all__ = ["Loaded", "ModelRef", "chain_digests", "find", "load", "local_digest", "parse_layers"]
+
+# Where decoder blocks live, most specific first: nets with a vision tower hold other stacks of the same name.
+_BLOCK_PATHS = (
+    "model.language_model.layers",
+    "language_model.model.layers",
+    "model.layers",
+    "model.decoder.layers",
+    "transformer.h",
+    "transformer.blocks",
+    "gpt_neox.layers",
+    "backbone.layers",
+)
+
+
+@dataclass
+class Loaded:
+    """A model ready for use: chain merged, evaluation mode, gradients off."""
+
+    model: PreTrainedModel = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    ref: ModelRef
+    digest: str
+    chain: list[Adapter]
+    device: torch.device
+    dtype: torch.dtype
+    blocks: list[nn.Module] = field(repr=False)
+    text_config: PreTrainedConfig = field(repr=False)
+    originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    head_checked: bool = False
+    _depth: int = 0
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return self.text_config.hidden_size
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.blocks)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Digests of the chain, as artifacts record them."""
+        return chain_digests(self.chain)
+
+    @property
+    def adapter_paths(self) -> list[str]:
+        """Where the chain lies, oldest first, as `load` takes it."""
+        return [os.path.abspath(adapter.path) + _scale(adapter) for adapter in self.chain]
+
+    @cached_property
+    def chat(self) -> Chat:
+        """The tokenizer's template and its conventions."""
+        return Chat(self.tokenizer)
+
+    @property
+    def template_digest(self) -> str:
+        """Digest of the chat template."""
+        return self.chat.template_digest
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Every token id that ends a completion."""
+        config = self.model.generation_config
+        eos = config.eos_token_id if config is not None else None
+        named = eos if isinstance(eos, list) else [eos]
+        return frozenset(i for i in (*named, self.tokenizer.eos_token_id, self.chat.end_id) if i is not None)
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """Within this context the weights are those without the chain; re-entrant."""
+        self._depth += 1
+        if self._depth == 1:
+            self._swap()
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                self._swap()
+
+    def _swap(self) -> None:
+        params = dict(self.model.named_parameters()) if self.originals else {}
+        for name, other in self.originals.items():
+            self.originals[name], params[name].data = params[name].data, other
+
+    def render(self, messages: Messages, *, think: bool = False) -> str:
+        """The prompt as text."""
+        return self.chat.render(messages, think=think)
+
+    def encode_prompt(self, messages: Messages, think: bool = False) -> list[int]:
+        """The prompt as token ids."""
+        return self.chat.encode_prompt(messages, think=think)
+
+    def encode_completion(self, text: str, end: bool) -> list[int]:
+        """An answer as token ids, tokenised apart from its prompt."""
+        return self.chat.encode_completion(text, end=end)
+
+
+def load(
+    model_id: str,
+    adapters: Sequence[str] = (),
+    *,
+    revision: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    parents: bool = True,
+    allow_mismatch: bool = False,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Load a model in evaluation mode with its adapter chain merged into the weights."""
+    ref = find(model_id, revision)
+    chain = _chain(adapters, parents)  # before anything heavy, so that a broken chain fails at once
+    where, precision = _place(device, dtype)
+    model, tokenizer = _read(ref, where, precision, trust_remote_code)
+    config = model.config.get_text_config()
+    loaded = Loaded(model, tokenizer, ref, _digest(ref, model), chain, where, precision, _blocks(model, config), config)
+    _check_chain(loaded, allow_mismatch)
+    _merge(loaded)
+    return loaded
+
+
+def _chain(specs: Sequence[str], parents: bool) -> list[Adapter]:
+    if not specs:
+        return []
+    from shl.core.adapters import resolve_chain
+
+    return resolve_chain(list(specs), parents=parents)
+
+
+def chain_digests(chain: Sequence[Adapter]) -> list[str]:
+    """The digests of a chain, oldest first, each with its scale when that is not 1."""
+    return [adapter.digest + _scale(adapter) for adapter in chain]
+
+
+def _scale(adapter: Adapter) -> str:
+    return "" if adapter.scale == 1 else f":{adapter.scale:g}"
+
+
+def _place(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    import torch
+
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ShlError(f"unknown device {device!r}", hint="use cpu, cuda or cuda:1") from None
+    name = dtype or ("bfloat16" if where.type == "cuda" else "float32")
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ShlError(f"unknown dtype {name!r}", hint=f"use one of {', '.join(known)}")
+    return where, known[name]
+
+
+def _read(
+    ref: ModelRef, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    common = {"revision": ref.revision, "trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(ref.path, **common)
+        model = AutoModelForCausalLM.from_pretrained(ref.path, dtype=dtype, use_safetensors=True, **common)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ShlError(f"cannot load {ref.id}: {reason}", hint=_load_hint(ref)) from error
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def _load_hint(ref: ModelRef) -> str:
+    if ref.local:
+        return "the folder needs config.json, tokenizer files and *.safetensors weights of a causal language model"
+    return "check the name and the network (HF_TOKEN for gated models), or give a local folder"
+
+
+def _digest(ref: ModelRef, model: PreTrainedModel) -> str:
+    if ref.local:
+        return local_digest(Path(ref.path))
+    commit = model.config._commit_hash
+    return f"{ref.id}@{commit or ref.revision or 'main'}"
+
+
+def _blocks(model: PreTrainedModel, config: PreTrainedConfig) -> list[nn.Module]:
+    from torch import nn
+
+    for path in _BLOCK_PATHS:
+        try:
+            found = model.get_submodule(path)
+        except AttributeError:
+            continue
+        if isinstance(found, nn.ModuleList) and len(found) == config.num_hidden_layers:
+            return list(found)
+    raise ShlError(
+        f"cannot find the {config.num_hidden_layers} decoder blocks of {type(model).__name__}",
+        hint=f"looked for a list of blocks at {', '.join(_BLOCK_PATHS)}",
+    )
+
+
+def _check_chain(loaded: Loaded, allow_mismatch: bool) -> None:
+    """An adapter trained on another model is refused, even where its shapes would fit."""
+    for adapter in loaded.chain:
+        trained_on = adapter.meta.get("model_digest")
+        if trained_on in (None, loaded.digest) or allow_mismatch:
+            continue
+        raise Mismatch(
+            f"{adapter.path} was trained on {adapter.meta.get('model', 'another model')}, not on {loaded.ref.id}",
+            hint="give that model with --model, or insist with --allow-mismatch",
+        )
+
+
+def _merge(loaded: Loaded) -> None:
+    """Add the chain to the weights in float32; the untouched tensors stay for `Loaded.base`."""
+    if not loaded.chain:
+        return
+    import torch
+
+    from shl.core.adapters import deltas
+
+    params = dict(loaded.model.named_parameters())
+    with torch.no_grad():
+        for name, (a, b) in deltas(loaded.chain).items():
+            if name not in params or params[name].shape != (b.shape[0], a.shape[1]):
+                raise Mismatch(f"the adapter changes {name}, which {loaded.ref.id} does not have in that shape")
+            weight = params[name]
+            delta = b.to(weight.device, torch.float32) @ a.to(weight.device, torch.float32)
+            loaded.originals[name] = weight.data
+            weight.data = (weight.data.float() + delta).to(weight.dtype)

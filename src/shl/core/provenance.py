@@ -1,0 +1,162 @@
+"""Where an artifact came from: canonical JSON, digests, headers, and reading a safetensors file without torch."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from shl import __version__
+from shl.core.errors import InputError
+
+KEY = "shl"  # the metadata key of our safetensors files
+VOLATILE = ("adapter_paths", "argv", "commit", "created", "version")  # left out of digests
+_CHUNK = 1 << 20
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+
+class TensorInfo(NamedTuple):
+    """What a safetensors header says about one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # offsets from the beginning of the file
+    end: int
+
+
+def canonical(obj: Any) -> str:
+    """The one JSON text of a value: sorted keys, no spaces, ASCII, no NaN."""
+    return json.dumps(obj, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest_bytes(data: bytes) -> str:
+    """The digest of some bytes as "sha256:…"."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def digest_of(obj: Any) -> str:
+    """The digest of a JSON value, whatever the order of its keys."""
+    return digest_bytes(canonical(obj).encode())
+
+
+def digest_file(path: Path | str) -> str:
+    """The digest of a file, read in chunks."""
+    with open(path, "rb") as handle:
+        return "sha256:" + hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def digest_files(paths: Iterable[Path | str]) -> str:
+    """One digest of several files: their names and contents, in the order of their names."""
+    return digest_of(sorted([Path(path).name, digest_file(path)] for path in paths))
+
+
+def header(step: str, config: Mapping[str, Any], parents: Iterable[Any] = ()) -> dict[str, Any]:
+    """What every artifact says about its making. The volatile keys do not enter digests."""
+    return {
+        "step": step,
+        "config": dict(config),
+        "parents": list(parents),
+        "version": __version__,
+        "commit": commit(),
+        "argv": argv(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def argv() -> list[str]:
+    """The line that runs, without the place where the program happens to be installed."""
+    name = Path(sys.argv[0]).name
+    return ["shl" if name == "__main__.py" else name, *sys.argv[1:]]
+
+
+def stable(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """A header without what changes from run to run: the part that digests cover."""
+    return {name: value for name, value in meta.items() if name not in VOLATILE}
+
+
+@functools.cache
+def commit() -> str | None:
+    """The git commit of the checkout this package runs from, marked when it has changes; None when installed."""
+    package = Path(__file__).resolve().parents[1]
+    root = package.parents[1]
+    # a virtual environment inside somebody's repository must not borrow that repository's commit
+    if package != root / "src" / "shl" or not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def read_safetensors(path: Path | str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors and the metadata that a safetensors file declares. Reads the header only."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError("no such file", where=str(path))
+    size = path.stat().st_size
+    with open(path, "rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > min(_MAX_HEADER, size - 8):
+            raise InputError("is not a safetensors file, or is cut short", where=str(path))
+        try:
+            declared = json.loads(handle.read(length))
+            metadata = declared.pop("__metadata__", None) or {}
+            tensors = {name: _tensor_info(entry, 8 + length) for name, entry in sorted(declared.items())}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"is not a safetensors file: {error}", where=str(path)) from error
+    if any(info.end > size for info in tensors.values()):
+        raise InputError("is cut short", where=str(path), hint="copy or make it again")
+    return tensors, metadata
+
+
+def _tensor_info(entry: dict[str, Any], base: int) -> TensorInfo:
+    start, end = entry["data_offsets"]
+    return TensorInfo(entry["dtype"], tuple(entry["shape"]), base + start, base + end)
+
+
+def read_header(path: Path | str) -> dict[str, Any]:
+    """The shl header of a safetensors file, such as a vector."""
+    _, metadata = read_safetensors(path)
+    if KEY not in metadata:
+        raise InputError(
+            "was not written by shl: it has no shl header",
+            where=str(path),
+            hint="make a vector with: shl vector --pos TEXT --neg TEXT -o v.safetensors",
+        )
+    try:
+        meta = json.loads(metadata[KEY])
+    except ValueError as error:
+        raise InputError(f"has a broken shl header: {error}", where=str(path)) from error
+    if not isinstance(meta, dict):
+        raise InputError("has a shl header that is not an object", where=str(path))
+    return meta
+
+
+def digest_tensors(path: Path | str, meta: Mapping[str, Any] | None = None) -> str:
+    """The digest of what a safetensors file means: names, types, shapes, values, and the stable part of a header.
+
+    The order of tensors in the file and the volatile part of its header do not matter.
+    """
+    tensors, _ = read_safetensors(path)
+    total = hashlib.sha256(canonical(stable(meta or {})).encode())
+    with open(path, "rb") as handle:
+        for name, info in tensors.items():
+            total.update(canonical([name, info.dtype, info.shape, info.end - info.start]).encode())
+            _feed(total, handle, info)
+    return "sha256:" + total.hexdigest()
+
+
+def _feed(total: hashlib._Hash, handle: BinaryIO, info: TensorInfo) -> None:
+    """Hash one tensor's bytes in chunks."""
+    handle.seek(info.start)
+    left = info.end - info.start
+    while left:
+        piece = handle.read(min(_CHUNK, left))
+        total.update(piece)
+        left -= len(piece)

@@ -1,0 +1,135 @@
+"""How likely texts are under a model, and the scores that a completion record carries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shl.core.batches import right_pad
+from shl.core.errors import ShlError
+from shl.core.models import Loaded
+
+_CHUNK = 1 << 25  # most logits held at once, in numbers: 128 MiB in float32
+TAIL_SHARE = 0.25
+TAIL_MIN = 8
+
+
+def head(loaded: Loaded, hidden: Tensor) -> Tensor:
+    """Logits in float32 of final hidden states [n, hidden], as the model's own forward pass makes them."""
+    values = loaded.text_config.to_dict()
+    logits = loaded.model.get_output_embeddings()(hidden).float()
+    if values.get("logits_scaling"):
+        logits = logits / values["logits_scaling"]
+    if values.get("logit_scale"):
+        logits = logits * values["logit_scale"]
+    if cap := values.get("final_logit_softcapping"):
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def nll_per_token(
+    loaded: Loaded, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]], batch_size: int = 32
+) -> list[Tensor]:
+    """Surprise in nats of every completion token given what precedes it, in float32, in the order given.
+
+    Whatever weights and hooks are active count. Logits exist for one chunk of positions at a time.
+    """
+    rows = list(zip(prompt_ids, completion_ids, strict=True))
+    out: list[Tensor] = [torch.zeros(0)] * len(rows)
+    order = sorted((i for i, row in enumerate(rows) if row[1]), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
+    with torch.inference_mode():
+        for at in range(0, len(order), batch_size):
+            chosen = order[at : at + batch_size]
+            for i, nll in zip(chosen, _batch(loaded, [rows[i] for i in chosen]), strict=True):
+                out[i] = nll
+    return out
+
+
+def _batch(loaded: Loaded, rows: list[tuple[list[int], list[int]]]) -> list[Tensor]:
+    ids = right_pad([prompt + completion for prompt, completion in rows], loaded.device)
+    body = loaded.model.base_model
+    hidden = body(input_ids=ids, use_cache=False).last_hidden_state
+    # the token at column t is predicted by the state at column t - 1
+    row_of = [k for k, (_, completion) in enumerate(rows) for _ in completion]
+    column = [len(prompt) + t for prompt, completion in rows for t in range(len(completion))]
+    where = torch.tensor([row_of, column], device=hidden.device)
+    _check_head(loaded, ids, hidden)
+    nll = _surprise(loaded, hidden[where[0], where[1] - 1], ids[where[0], where[1]])
+    return list(nll.cpu().split([len(completion) for _, completion in rows]))
+
+
+def _surprise(loaded: Loaded, hidden: Tensor, targets: Tensor) -> Tensor:
+    """-log p(target) for each state, a chunk of positions at a time."""
+    size = max(1, _CHUNK // loaded.text_config.vocab_size)
+    parts = []
+    for states, wanted in zip(hidden.split(size), targets.split(size), strict=True):
+        logits = head(loaded, states)
+        parts.append(logits.logsumexp(-1) - logits.gather(-1, wanted[:, None]).squeeze(-1))
+    return torch.cat(parts)
+
+
+def _check_head(loaded: Loaded, ids: Tensor, hidden: Tensor) -> None:
+    """Once for each model: the head as applied here gives what the whole model gives."""
+    if loaded.head_checked:
+        return
+    whole = loaded.model(input_ids=ids[:1, :8], use_cache=False).logits[0].float()
+    mine = head(loaded, loaded.model.base_model(input_ids=ids[:1, :8], use_cache=False).last_hidden_state[0])
+    if not torch.allclose(whole, mine, rtol=1e-2, atol=1e-2 * float(whole.abs().max())):
+        raise ShlError(
+            f"{type(loaded.model).__name__} does something to its logits that is not known here",
+            hint="please report the model; generate with --no-score meanwhile",
+        )
+    loaded.head_checked = True
+
+
+def score(
+    loaded: Loaded,
+    prompts: Sequence[list[dict[str, Any]]],
+    completions: Sequence[str],
+    batch_size: int = 32,
+) -> list[dict[str, Any]]:
+    """Scores of completions as texts: perplexity under the base model, without chain, and repetition.
+
+    The texts are tokenised anew, so that a record's scores follow from the record alone.
+    """
+    from shl.core.text import distinct_n, repetition
+
+    asked = [loaded.encode_prompt(messages) for messages in prompts]
+    answered = [loaded.encode_completion(text, end=False) for text in completions]
+    with loaded.base():
+        surprises = nll_per_token(loaded, asked, answered, batch_size)
+    return [
+        {
+            **_summary(nll),
+            "rep": _round(repetition(text)),
+            "distinct": _round(distinct_n(text, 3)),
+        }
+        for nll, text in zip(surprises, completions, strict=True)
+    ]
+
+
+def _summary(nll: Tensor) -> dict[str, Any]:
+    """Perplexities of one completion: whole, last quarter, and its most surprising token. Null when it is empty."""
+    n = len(nll)
+    if n == 0:
+        return {"ppl": None, "ppl_tail": None, "max_nll": None, "n_tokens": 0}
+    tail = nll[-max(TAIL_MIN, math.ceil(TAIL_SHARE * n)) :]
+    return {
+        "ppl": _round(_exp(nll.double().mean().item())),
+        "ppl_tail": _round(_exp(tail.double().mean().item())),
+        "max_nll": _round(nll.max().item()),
+        "n_tokens": n,
+    }
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+def _round(value: float) -> float | None:
+    """Six significant digits, as many as are the same across batch sizes; null for what JSON cannot hold."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None

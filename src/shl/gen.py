@@ -1,0 +1,145 @@
+"""Step 2, vector -> steered completions: sampled for each prompt, coefficient and sample, and scored under base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import islice
+from typing import Any, NamedTuple
+
+from shl.core.chat import Messages, join_system, with_system
+from shl.core.console import progress
+from shl.core.decode import Completion, Sampling, decode
+from shl.core.defaults import GenConfig
+from shl.core.errors import ShlError
+from shl.core.hooks import Steering
+from shl.core.models import Loaded
+from shl.core.records import Prompt
+from shl.core.scores import score
+from shl.core.seeds import seed_of
+from shl.core.vectors import Vector
+
+
+class Row(NamedTuple):
+    """One completion to be sampled."""
+
+    prompt: Prompt
+    coeff: float
+    sample: int
+
+    @property
+    def id(self) -> str:
+        """The record's id: what seeds, resume and joins go by."""
+        return f"{self.prompt.id}/{self.coeff:.12g}/{self.sample}"
+
+    def seed(self, cfg: GenConfig) -> int:
+        """The row's own seed; shared noise leaves the coefficient out, so that answers are paired over arms."""
+        if cfg.shared_noise:
+            return seed_of(cfg.seed, self.prompt.id, str(self.sample))
+        return seed_of(cfg.seed, self.id)
+
+    @property
+    def messages(self) -> Messages:
+        """The prompt as the record holds it: with a system text of its own, without any that the run added."""
+        return with_system(self.prompt.messages, self.prompt.system)
+
+    def asked(self, system: str | None) -> Messages:
+        """The prompt as the model gets it."""
+        return with_system(self.prompt.messages, join_system(system, self.prompt.system))
+
+
+def rows(prompts: Sequence[Prompt], cfg: GenConfig, coeffs: Sequence[float]) -> Iterator[Row]:
+    """Everything to sample, in the one order: prompt by prompt, then coefficient, then sample."""
+    for prompt in islice(prompts, cfg.limit):
+        for coeff in coeffs:
+            for sample in range(cfg.samples):
+                yield Row(prompt, coeff, sample)
+
+
+def count(n_prompts: int, cfg: GenConfig, steered: bool) -> int:
+    """How many records a run will write."""
+    return min(n_prompts, cfg.limit if cfg.limit is not None else n_prompts) * len(_coeffs(cfg, steered)) * cfg.samples
+
+
+def generate(
+    loaded: Loaded,
+    prompts: Sequence[Prompt],
+    cfg: GenConfig | None = None,
+    vector: Vector | None = None,
+    *,
+    start: int = 0,
+    allow_mismatch: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Completion records in order, leaving out the first `start`.
+
+    Records are decoded in fixed blocks, so that a run taken up at any record repeats its block and gives the same
+    texts. Scores are those of the base model, without chain and steering, for the prompt without the persona.
+    """
+    cfg = cfg or GenConfig()
+    coeffs = _coeffs(cfg, vector is not None)
+    if vector is not None:
+        vector.check(loaded, allow_mismatch)
+    facts = {
+        "seed": cfg.seed,
+        "model": loaded.ref.id,
+        "adapters": loaded.adapters,
+        "vector": None if vector is None else vector.digest,
+    }
+    skipped = start // cfg.block * cfg.block
+    todo = islice(rows(prompts, cfg, coeffs), skipped, None)
+    total = count(len(prompts), cfg, vector is not None)
+    with progress("generating", max(0, total - skipped)) as bar:
+        while block := list(islice(todo, cfg.block)):
+            done = _decode(loaded, block, cfg, vector, lambda i, completion: bar.advance())
+            texts = [completion.text for completion in done]
+            scores = score(loaded, [row.messages for row in block], texts, cfg.batch_size) if cfg.score else None
+            for i, (row, completion) in enumerate(zip(block, done, strict=True)):
+                if skipped + i >= start:
+                    yield _record(row, completion, cfg, facts, scores[i] if scores else {})
+            skipped += len(block)
+
+
+def _coeffs(cfg: GenConfig, steered: bool) -> tuple[float, ...]:
+    """The coefficients of a run; without a vector there is only 0."""
+    coeffs = tuple(c + 0.0 for c in cfg.coeffs)  # -0.0 is 0.0
+    if len(set(coeffs)) < len(coeffs) or not coeffs:
+        raise ShlError(f"the coefficients {coeffs} are empty or repeat one", hint="use --samples for several samples")
+    if steered or coeffs == (0.0,):
+        return coeffs
+    if cfg.coeffs == GenConfig.coeffs:
+        return (0.0,)
+    raise ShlError("coefficients were given without a steering vector", hint="add --vec v.safetensors")
+
+
+def _decode(loaded: Loaded, block: list[Row], cfg: GenConfig, vector: Vector | None, tick: Any) -> list[Completion]:
+    """Sample one block of rows, whatever their coefficients."""
+    sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.greedy)
+    encoded = {id(row.prompt): loaded.encode_prompt(row.asked(cfg.system)) for row in block}
+    with nullcontext() if vector is None else Steering(loaded, vector.layers) as steering:
+        return decode(
+            loaded,
+            [encoded[id(row.prompt)] for row in block],
+            seeds=[row.seed(cfg) for row in block],
+            sampling=sampling,
+            steering=steering,
+            coeffs=None if vector is None else [row.coeff for row in block],
+            batch_size=cfg.batch_size,
+            on_finish=tick,
+        )
+
+
+def _record(
+    row: Row, completion: Completion, cfg: GenConfig, facts: dict[str, Any], scores: dict[str, Any]
+) -> dict[str, Any]:
+    record = {
+        "id": row.id,
+        "prompt": row.messages,
+        "completion": [{"role": "assistant", "content": completion.text}],
+        **({} if cfg.system is None else {"system": cfg.system}),
+        "coeff": row.coeff,
+        **facts,
+        "n_tokens": completion.n_tokens,
+        "finish": completion.finish,
+        "scores": scores,
+    }
+    return record | {name: value for name, value in row.prompt.extra.items() if name not in record}

@@ -1,0 +1,231 @@
+"""The ledger, `results.tsv`: one line a finished run, safe under concurrent writers, and tables grouped by arm."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import shlex
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shl import __version__
+from shl.core.console import warn
+from shl.core.errors import InputError
+from shl.core.files import atomic_file, default_mode
+from shl.core.provenance import argv, canonical, commit
+
+Row = dict[str, str]
+
+METRICS = ("auth_nats", "care_nats", "p_ans_any", "json_is_valid", "ppx_json", "free_ppl_p90", "top1")
+SECTION = ("model", "model_digest", "suite", "settings", "n")  # rows that differ here are never averaged or compared
+_ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
+_UNESCAPES = {"\\": "\\", "t": "\t", "n": "\n", "r": "\r"}
+_RISKY = ("=", "+", "-", "@", "'")  # a spreadsheet runs a cell that begins like a formula
+
+
+def cell(value: Any) -> str:
+    """A value as a cell: one line, no tabs, nothing a spreadsheet would run. None is the empty cell."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    text = value if isinstance(value, str) else canonical(value)
+    text = "".join(_ESCAPES.get(letter, letter) for letter in text)
+    return "'" + text if text.startswith(_RISKY) else text
+
+
+def uncell(text: str) -> str:
+    """The text of a cell, as it was before `cell`."""
+    if text.startswith("'"):
+        text = text[1:]
+    parts, letters = [], iter(text)
+    for letter in letters:
+        parts.append(_UNESCAPES.get(follow := next(letters, ""), "\\" + follow) if letter == "\\" else letter)
+    return "".join(parts)
+
+
+def append_row(path: Path | str, row: Mapping[str, Any]) -> None:
+    """Add one row. A new column widens the file: it is rewritten aside and renamed, under the same lock."""
+    from filelock import FileLock
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(path.name + ".lock"), mode=default_mode()):
+        columns, lines = _load(path)
+        grown = columns + [name for name in row if name not in columns]
+        fresh = [cell(row.get(name)) for name in grown]
+        if grown == columns:
+            with open(path, "a", encoding="utf-8", newline="\n") as handle:
+                handle.write("\t".join(fresh) + "\n")
+                handle.flush()
+                os.fsync(handle.fileno())
+            return
+        with atomic_file(path, force=True) as handle:
+            handle.write("\t".join(cell(name) for name in grown) + "\n")
+            for line in [*lines, fresh]:
+                handle.write("\t".join(line + [""] * (len(grown) - len(line))) + "\n")
+
+
+def _load(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Columns and raw cells of a ledger, once a line that a kill left torn is mended."""
+    if not path.exists() or not path.stat().st_size:
+        return [], []
+    _mend(path)
+    header, *lines = _split(path)
+    return [uncell(name) for name in header], lines
+
+
+def _split(path: Path) -> list[list[str]]:
+    """Raw cells, line by line."""
+    text = path.read_text(encoding="utf-8").removesuffix("\n")
+    return [line.split("\t") for line in text.split("\n")]
+
+
+def _mend(path: Path) -> None:
+    """Finish a last line that lacks only its newline, and cut one that is torn, so that no two rows are glued."""
+    data = path.read_bytes()
+    if not data or data.endswith(b"\n"):
+        return
+    body, _, last = data.rpartition(b"\n")
+    whole = last.count(b"\t") == data.partition(b"\n")[0].count(b"\t")
+    if not whole:
+        warn(f"{path}: dropped a torn last line")
+    with open(path, "r+b") as handle:
+        handle.truncate(len(data) if whole else len(body) + 1)
+        if whole:
+            handle.seek(0, os.SEEK_END)
+            handle.write(b"\n")
+
+
+def read_rows(path: Path | str) -> list[Row]:
+    """Every row of a ledger as text; columns that a row lacks are empty."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError("no such ledger", where=str(path), hint=f"add rows with: shl eval --append {path}")
+    header, *lines = _split(path)
+    columns = [uncell(name) for name in header]
+    rows = []
+    for number, line in enumerate(lines, 2):
+        if len(line) > len(columns):
+            raise InputError(f"has {len(line)} cells for {len(columns)} columns", where=f"{path}:{number}")
+        cells = [uncell(text) for text in line] + [""] * (len(columns) - len(line))
+        rows.append(dict(zip(columns, cells, strict=True)))
+    return rows
+
+
+def row_of(
+    result: Mapping[str, Any], trained: Mapping[str, Any] | None = None, labels: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The ledger row of one evaluation: what was measured, how, by what line and which code.
+
+    `trained` is the training configuration of the newest adapter; labels come last, so they may rename anything.
+    """
+    adapters = result.get("adapters") or []
+    arm = _arm(result)
+    row: dict[str, Any] = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "arm": arm,
+        "reg": regulariser(trained) if trained else None,
+        "round": len(adapters) - (arm == "healed") if arm in ("healed", "steered") else None,  # counted from 0
+        **{name: result.get(name) for name in ("model", "model_digest", "suite", "settings", "n", "seed")},
+        "adapters": " ".join(adapters),
+        **{name: result.get(name) for name in ("vector", "coeff", "system")},
+        **result["metrics"],
+        **{f"retain.{name}": value for name, value in (result.get("retain") or {}).items()},
+        "verdict": result.get("verdict"),
+        "train": trained,
+        "argv": shlex.join(argv()),
+        "version": __version__,
+        "commit": commit(),
+    }
+    return row | dict(labels or {})
+
+
+def regulariser(config: Mapping[str, Any]) -> str:
+    """The short name of what held a training back: nll, wd, kl_rev, kl_rev+wd, …"""
+    knobs = [name for name, key in (("wd", "weight_decay"), ("spectral", "spectral")) if config.get(key)]
+    loss = str(config.get("reg", "?"))
+    return "+".join(knobs if loss == "nll" and knobs else [loss, *knobs])
+
+
+def _arm(result: Mapping[str, Any]) -> str:
+    """What kind of run this is when no label says so."""
+    if result.get("system"):
+        return "prompted"
+    if result.get("vector") and result.get("coeff"):
+        return "steered"
+    return "healed" if result.get("adapters") else "base"
+
+
+def group(rows: Iterable[Row], by: Sequence[str]) -> dict[tuple[str, ...], dict[tuple[str, ...], list[Row]]]:
+    """Rows by section (one model digest, suite, settings and n each), and within it by the named columns."""
+    sections: dict[tuple[str, ...], dict[tuple[str, ...], list[Row]]] = {}
+    for row in rows:
+        section = sections.setdefault(tuple(row.get(name, "") for name in SECTION), {})
+        section.setdefault(tuple(row.get(name, "") or "-" for name in by), []).append(row)
+    return sections
+
+
+def markdown(rows: Sequence[Row], by: Sequence[str] = ("arm",), metrics: Sequence[str] = METRICS) -> str:
+    """Tables in markdown, one a section: mean ± standard deviation over rows, n, seeds and the command lines."""
+    known = {name for row in rows for name in row}
+    for name in (*by, *(metrics if metrics is not METRICS else ())):
+        if name not in known:
+            raise InputError(f"no column {name!r}", where="results", hint=f"columns: {', '.join(sorted(known))}")
+    shown = [name for name in metrics if any(row.get(name) for row in rows)]
+    parts = [_section(key, groups, by, shown) for key, groups in group(rows, by).items()]
+    return "\n".join(parts)
+
+
+def _section(
+    key: tuple[str, ...], groups: dict[tuple[str, ...], list[Row]], by: Sequence[str], metrics: Sequence[str]
+) -> str:
+    """One table with its heading and, below it, the lines that made its rows."""
+    model, digest, suite, settings, n = key
+    columns = [*by, *metrics, "n", "seeds"]
+    lines = [f"### {model or '?'} ({_short(digest)}), {suite or '?'}, {n or '?'} items", ""]
+    if settings:
+        lines += [f"Settings: `{settings}`", ""]
+    lines += ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    for name, rows in groups.items():
+        seeds = sorted({row.get("seed", "") for row in rows} - {""}, key=lambda seed: (len(seed), seed))
+        cells = [*name, *(spread([row.get(m, "") for row in rows]) for m in metrics), str(len(rows)), ",".join(seeds)]
+        lines.append("| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |")
+    lines += ["", *(f"- {', '.join(name)}: `{line}`" for name, line in _lines(groups)), ""]
+    return "\n".join(lines)
+
+
+def _lines(groups: dict[tuple[str, ...], list[Row]]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Each command line of each group once."""
+    for name, rows in groups.items():
+        for line in dict.fromkeys(row["argv"] for row in rows if row.get("argv")):
+            yield name, line
+
+
+def spread(cells: Sequence[str]) -> str:
+    """Mean ± standard deviation of the numbers among some cells, and how many are missing."""
+    numbers = [value for value in map(number, cells) if value is not None]
+    if not numbers:
+        return "-"
+    mean = f"{statistics.fmean(numbers):.3f}"
+    deviation = f" ± {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else ""
+    missing = f" ({len(cells) - len(numbers)} missing)" if len(numbers) < len(cells) else ""
+    return mean + deviation + missing
+
+
+def number(text: str) -> float | None:
+    """A cell as a finite number, or None."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _short(digest: str) -> str:
+    return digest.removeprefix("sha256:")[:12] or "no digest"

@@ -1,0 +1,302 @@
+"""Heal: distil kept completions into a LoRA while a divergence to a reference model holds it back."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shl.core import console
+from shl.core.batches import right_pad
+from shl.core.defaults import TrainConfig
+from shl.core.errors import ShlError
+from shl.core.files import atomic_dir, refuse_existing
+from shl.core.heal_data import Example, batches, encode, select, split
+from shl.core.heal_log import Epoch, mean, quantiles, report, total_norm
+from shl.core.heal_loss import AGGS, REGS, Head, Losses, combine, final_states, token_losses
+from shl.core.lora import Lora, injected, target_modules
+from shl.core.models import Loaded
+from shl.core.peft_dir import peft_config, write_adapter
+from shl.core.provenance import digest_of, header
+from shl.core.records import dumps
+from shl.core.seeds import seed_of
+
+
+@dataclass
+class TrainResult:
+    """What a training did: where the adapter lies, and its log, one row an epoch."""
+
+    path: Path
+    digest: str
+    rows: list[dict[str, Any]] = field(repr=False)
+    n_train: int
+    n_holdout: int
+    steps: int
+    tokens: int  # completion tokens in one epoch
+    seconds: float
+    update_norm: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Completion tokens trained on in a second of the whole call."""
+        return self.tokens * (len(self.rows) - 1) / self.seconds
+
+
+def heal(
+    loaded: Loaded,
+    records: Iterable[dict[str, Any]],
+    cfg: TrainConfig | None = None,
+    out: Path | str = "adapter",
+    force: bool = False,
+    *,
+    source: str = "the records",
+) -> TrainResult:
+    """Train this round's adapter on top of the loaded chain, and publish it as a PEFT directory."""
+    started = time.monotonic()
+    cfg, out = cfg or TrainConfig(), Path(out)
+    _check(loaded, cfg, out, force)
+    used = select(records, cfg, source)
+    train, held = split(used, encode(loaded, used, cfg), cfg)
+    modules = target_modules(loaded, cfg.layers, cfg.targets)
+    config = _adapter_config(loaded, modules, cfg)
+    run = _Run(loaded, cfg, train, held)
+    with injected(loaded, config, run.generator("start")) as lora:
+        rows = run.fit(lora)
+        tensors, norms = lora.tensors(), lora.norms()
+    total = total_norm(norms)
+    if not 0 < total < math.inf:
+        raise ShlError(f"the adapter did not move: its norm is {total}", hint="raise --lr or --epochs")
+    meta = _meta(loaded, cfg, used, out) | {"n_train": len(train), "n_holdout": len(held), "update_norms": norms}
+    with atomic_dir(out, force) as folder:
+        digest = write_adapter(folder, tensors, config, meta)
+        (folder / "log.jsonl").write_text("".join(dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tokens = sum(len(one.completion) for one in train)
+    result = TrainResult(
+        out, digest, rows, len(train), len(held), run.step, tokens, time.monotonic() - started, total
+    )
+    report(rows, cfg, first_round=not loaded.chain)
+    console.note(
+        f"trained on {result.n_train} completions, {result.tokens} tokens an epoch, {result.steps} steps "
+        f"in {result.seconds:.1f} s: {result.path}, norm {result.update_norm:.3g}, {result.digest[:19]}…"
+    )
+    return result
+
+
+def _check(loaded: Loaded, cfg: TrainConfig, out: Path, force: bool) -> None:
+    """Refuse what cannot work before anything is computed."""
+    for name, value, known in (("reg", cfg.reg, REGS), ("agg", cfg.agg, AGGS), ("ref", cfg.ref, ("base", "prev"))):
+        if value not in known:
+            raise ShlError(f"unknown {name} {value!r}", hint=f"use --{name} {'|'.join(known)}")
+    counts = {"rank": cfg.rank, "epochs": cfg.epochs, "batch-size": cfg.batch_size, "grad-accum": cfg.grad_accum}
+    for name, count in counts.items():
+        if count < 1:
+            raise ShlError(f"{name} is {count}", hint=f"use --{name} 1 or more")
+    if not 0 <= cfg.holdout < 1:
+        raise ShlError(f"holdout is {cfg.holdout:g}", hint="give a share from 0 up to, not including, 1")
+    refuse_existing(out, force)
+    if any(Path(adapter.path).resolve() == out.resolve() for adapter in loaded.chain):
+        raise ShlError(f"{out} is part of the chain that is being trained on", hint="choose another -o")
+
+
+# --- the loop ---
+
+
+class _Run:
+    """One training: data, reference, schedule."""
+
+    def __init__(self, loaded: Loaded, cfg: TrainConfig, train: list[Example], held: list[Example]) -> None:
+        self.loaded, self.cfg, self.train, self.held = loaded, cfg, train, held
+        self.barrier = cfg.reg != "nll"
+        self.reg = cfg.reg if self.barrier else "kl_rev"  # what the held-out divergence is, in any case
+        self.per_epoch = math.ceil(math.ceil(len(train) / cfg.batch_size) / cfg.grad_accum)
+        self.total = self.per_epoch * cfg.epochs
+        self.step = 0
+        self.head = Head.of(loaded)
+        self.head.check(loaded, train[0].prompt + train[0].completion)
+        self.ref: dict[int, Tensor] = {}  # final hidden states over the completion, by identity of the example
+        with _reference(loaded, cfg):
+            self.ref_head = Head.of(loaded)
+            self._remember([*(train if self.barrier else []), *held])
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Random numbers for one purpose, from the seed alone."""
+        return torch.Generator().manual_seed(seed_of(self.cfg.seed, "heal", purpose))
+
+    @torch.no_grad()
+    def _remember(self, examples: list[Example]) -> None:
+        order = sorted(examples, key=len)
+        for at in range(0, len(order), self.cfg.batch_size):
+            chosen = order[at : at + self.cfg.batch_size]
+            parts = self._states(chosen)[0].cpu().split([len(one.completion) for one in chosen])
+            self.ref |= {id(one): part.clone() for one, part in zip(chosen, parts, strict=True)}
+
+    def _states(self, chosen: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        """Hidden states that predict the completion tokens, one after the other, and those tokens."""
+        ids = right_pad([one.prompt + one.completion for one in chosen], self.loaded.device)
+        hidden = final_states(self.loaded, ids)
+        row = [k for k, one in enumerate(chosen) for _ in one.completion]
+        column = [len(one.prompt) + t for one in chosen for t in range(len(one.completion))]
+        where = torch.tensor([row, column], device=ids.device)
+        return hidden[where[0], where[1] - 1], ids[where[0], where[1]]
+
+    def _tokens(self, chosen: Sequence[Example], divergence: bool) -> tuple[Tensor, Tensor]:
+        """nll and KL of each completion token of a batch."""
+        hidden, targets = self._states(chosen)
+        ref = torch.cat([self.ref[id(one)] for one in chosen]).to(hidden.device) if divergence else None
+        return token_losses(hidden, targets, self.head, ref, self.ref_head, self.reg)
+
+    def fit(self, lora: Lora) -> list[dict[str, Any]]:
+        """All epochs; returns the log, whose row 0 is the state before training."""
+        cfg = self.cfg
+        optimiser = torch.optim.AdamW(lora.parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+        shuffle = self.generator("batches")
+        rows = [self._row(0, Epoch(), lora)]
+        with console.progress("healing", self.total) as bar:
+            for epoch in range(1, cfg.epochs + 1):
+                seen = Epoch()
+                plan = batches([len(one) for one in self.train], cfg.batch_size, shuffle)
+                for at in range(0, len(plan), cfg.grad_accum):
+                    group = [[self.train[i] for i in batch] for batch in plan[at : at + cfg.grad_accum]]
+                    self._update(lora, optimiser, group, seen)
+                    bar.advance(nll=sum(seen.nll[-len(group[-1]) :]) / len(group[-1]), epoch=epoch)
+                rows.append(self._row(epoch, seen, lora))
+        return rows
+
+    def _update(self, lora: Lora, optimiser: torch.optim.Optimizer, group: list[list[Example]], seen: Epoch) -> None:
+        """One step of the optimiser over a group of micro-batches."""
+        cfg, n = self.cfg, sum(map(len, group))
+        for batch in group:
+            nll, kl = self._tokens(batch, self.barrier)
+            lengths = [len(one.completion) for one in batch]
+            losses = combine(nll, kl, lengths, cfg.reg, cfg.agg, cfg.lam, cfg.tau)
+            self._finite(losses.nll + losses.barrier)
+            first = seen.pressure is None and self.barrier
+            if first:
+                seen.pressure = _pressure(losses, lora)
+            ((losses.nll + losses.barrier) * (len(batch) / n)).backward()
+            seen.nll += [float(one.mean()) for one in nll.detach().split(lengths)]
+            seen.fired += losses.fired
+            if self.barrier:
+                seen.kl.append(kl.detach().cpu())
+        if cfg.spectral:
+            (cfg.spectral * lora.operator_norm()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(lora.parameters, cfg.max_grad_norm or math.inf)
+        self._finite(norm)
+        seen.grad.append(float(norm))
+        for parameters in optimiser.param_groups:
+            parameters["lr"] = cfg.lr * schedule(self.step, self.total, cfg.warmup)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def _finite(self, value: Tensor) -> None:
+        if not torch.isfinite(value):
+            raise ShlError(
+                f"the loss or its gradient is {float(value)} at step {self.step} of {self.total}; nothing was written",
+                hint="lower --lr or --lam; in float16 use --dtype bfloat16 or float32",
+            )
+
+    @torch.no_grad()
+    def _row(self, epoch: int, seen: Epoch, lora: Lora) -> dict[str, Any]:
+        """One line of the log. What was not measured is null."""
+        kl = torch.cat(seen.kl) if seen.kl else None
+        held_nll, held_kl = self._held_out()
+        return {
+            "epoch": epoch,
+            "step": self.step,
+            "nll": mean(seen.nll),
+            **quantiles("kl", kl),
+            "barrier_active": seen.fired / len(self.train) if self.barrier and epoch else None,
+            "pressure": seen.pressure,
+            "grad_norm": mean(seen.grad),
+            "holdout_nll": held_nll,
+            **quantiles("holdout_kl", held_kl),
+            "update_norm": total_norm(lora.norms()),
+            "operator_norm": float(lora.operator_norm()),
+        }
+
+    def _held_out(self) -> tuple[float | None, Tensor | None]:
+        per_row, kls = [], []
+        for at in range(0, len(self.held), self.cfg.batch_size):
+            chosen = self.held[at : at + self.cfg.batch_size]
+            nll, kl = self._tokens(chosen, True)
+            per_row += [float(one.mean()) for one in nll.split([len(one.completion) for one in chosen])]
+            kls.append(kl.cpu())
+        return mean(per_row), torch.cat(kls) if kls else None
+
+
+@contextmanager
+def _reference(loaded: Loaded, cfg: TrainConfig) -> Iterator[None]:
+    """The weights that the divergence is measured against: without the chain, or with it."""
+    if cfg.ref == "base":
+        with loaded.base():
+            yield
+    else:
+        yield
+
+
+def schedule(step: int, total: int, warmup: float) -> float:
+    """Share of the full learning rate at a step: linear warm-up, then a cosine towards zero."""
+    rise = max(1, round(warmup * total))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise + 1) / (total - rise + 1)))
+
+
+def _pressure(losses: Losses, lora: Lora) -> float:
+    """How hard the barrier pulls beside the nll: the ratio of their gradients' norms."""
+    if not losses.fired:
+        return 0.0
+    parts = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(part, lora.parameters, retain_graph=True)]).norm()
+        for part in (losses.barrier, losses.nll)
+    ]
+    return float(parts[0] / parts[1].clamp_min(1e-30))
+
+
+# --- what is written and said ---
+
+
+def _adapter_config(loaded: Loaded, modules: list[str], cfg: TrainConfig) -> dict[str, Any]:
+    from transformers.pytorch_utils import Conv1D
+
+    alpha = 2.0 * cfg.rank if cfg.alpha is None else float(cfg.alpha)
+    transposed = {isinstance(loaded.model.get_submodule(path), Conv1D) for path in modules}
+    if len(transposed) > 1:
+        raise ShlError("these blocks mix two kinds of linear maps", hint="choose one kind with --targets")
+    return peft_config(
+        loaded.ref.path, modules, cfg.rank, alpha, revision=loaded.ref.revision, fan_in_fan_out=transposed.pop()
+    )
+
+
+def _meta(loaded: Loaded, cfg: TrainConfig, used: list[dict[str, Any]], out: Path) -> dict[str, Any]:
+    """Where the adapter came from: model, chain, data, vectors."""
+    home = os.path.realpath(out)
+    parents = [
+        {"path": os.path.relpath(os.path.realpath(one.path), home), "digest": one.digest, "scale": one.scale}
+        for one in loaded.chain
+    ]
+    data = [[one["prompt"], one["completion"], one.get("finish")] for one in used]
+    return {
+        **header("train", asdict(cfg), parents),
+        "model": loaded.ref.id,
+        "revision": loaded.ref.revision,
+        "model_digest": loaded.digest,
+        "model_class": type(loaded.model).__name__,
+        "template": loaded.template_digest,
+        "adapters": loaded.adapters,
+        "data": digest_of(data),
+        "n_records": len(used),
+        "coeffs": sorted({one["coeff"] for one in used if one.get("coeff") is not None}),
+        "vectors": sorted({one["vector"] for one in used if one.get("vector")}),
+    }
+
+

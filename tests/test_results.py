@@ -1,0 +1,118 @@
+"""The ledger: no row is lost or torn under concurrent writers, no cell breaks a line or runs in a spreadsheet."""
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shl import results
+from shl.core.errors import InputError
+
+WRITER = """
+import sys
+from shl.results import append_row
+who = int(sys.argv[2])
+for i in range(12):
+    append_row(sys.argv[1], {"who": who, "i": i, f"only_{who}_{i // 4}": "=x\\ty\\n"})
+"""
+
+
+@given(st.text(st.characters(codec="utf-8")))
+def test_cells_round_trip_on_one_line(text):
+    cell = results.cell(text)
+    assert not set(cell) & set("\t\n\r")
+    assert not cell.startswith(("=", "+", "-", "@"))
+    assert results.uncell(cell) == text
+
+
+def test_numbers_stay_numbers():
+    assert [results.cell(v) for v in (-1.5, 3, None, True, ["a"], "-1.5")] == [
+        "-1.5",
+        "3",
+        "",
+        "true",
+        '["a"]',
+        "'-1.5",
+    ]
+
+
+def test_rows_come_back_and_columns_grow(tmp_path):
+    path = tmp_path / "deep" / "results.tsv"
+    results.append_row(path, {"a": 1, "b": "x\ty"})
+    results.append_row(path, {"b": "=cmd", "c": None})
+    results.append_row(path, {"a": -2.5})
+    assert results.read_rows(path) == [
+        {"a": "1", "b": "x\ty", "c": ""},
+        {"a": "", "b": "=cmd", "c": ""},
+        {"a": "-2.5", "b": "", "c": ""},
+    ]
+
+
+def test_eight_concurrent_writers_lose_nothing(tmp_path):
+    path = tmp_path / "results.tsv"
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(who)]) for who in range(8)]
+    assert [writer.wait() for writer in writers] == [0] * 8
+    rows = results.read_rows(path)
+    assert sorted((int(row["who"]), int(row["i"])) for row in rows) == [(w, i) for w in range(8) for i in range(12)]
+    for row in rows:
+        assert row[f"only_{row['who']}_{int(row['i']) // 4}"] == "=x\ty\n"
+    assert len(rows[0]) == 2 + 8 * 3
+
+
+def test_a_torn_last_line_is_cut_and_a_whole_one_kept(tmp_path, capsys):
+    path = tmp_path / "results.tsv"
+    path.write_text("a\tb\n1\t2\n3")
+    results.append_row(path, {"a": 4, "b": 5})
+    assert path.read_text() == "a\tb\n1\t2\n4\t5\n"
+    assert "torn" in capsys.readouterr().err
+    path.write_text("a\tb\n1\t2")
+    results.append_row(path, {"a": 4, "b": 5})
+    assert path.read_text() == "a\tb\n1\t2\n4\t5\n"
+
+
+def test_a_row_with_too_many_cells_is_an_error(tmp_path):
+    path = tmp_path / "results.tsv"
+    path.write_text("a\n1\t2\n")
+    with pytest.raises(InputError, match=r"results\.tsv:2: has 2 cells"):
+        results.read_rows(path)
+    with pytest.raises(InputError, match="no such ledger"):
+        results.read_rows(tmp_path / "nope.tsv")
+
+
+def row(**changes) -> dict[str, str]:
+    base = {"model": "toy", "model_digest": "sha256:aa", "suite": "mfv", "n": "132", "arm": "nll", "seed": "0"}
+    return base | {"auth_nats": "-1.0", "argv": "shl eval"} | changes
+
+
+def test_tables_never_mix_model_digests():
+    rows = [row(), row(model_digest="sha256:bb", auth_nats="-9"), row(seed="1", auth_nats="-2.0")]
+    text = results.markdown(rows)
+    assert text.count("### ") == 2
+    assert "| nll | -1.500 ± 0.707 | 2 | 0,1 |" in text
+    assert "| nll | -9.000 | 1 | 0 |" in text
+
+
+def test_tables_never_mix_sample_sizes():
+    assert results.markdown([row(), row(n="24")]).count("### ") == 2
+
+
+def test_tables_group_by_any_columns_and_say_how_rows_were_made():
+    text = results.markdown([row(reg="wd", argv="shl eval --seed 1"), row(reg="", auth_nats="")], by=["reg", "arm"])
+    assert "| wd | nll | -1.000 | 1 | 0 |" in text
+    assert "| - | nll | - | 1 | 0 |" in text
+    assert "- wd, nll: `shl eval --seed 1`" in text
+
+
+def test_an_unknown_column_is_an_error():
+    with pytest.raises(InputError, match="no column 'regg'"):
+        results.markdown([row()], by=["regg"])
+
+
+@pytest.mark.parametrize(
+    ("cells", "shown"),
+    [(["1", "2", "3"], "2.000 ± 1.000"), (["1", ""], "1.000 (1 missing)"), (["nan", "x"], "-"), ([], "-")],
+)
+def test_spread(cells, shown):
+    assert results.spread(cells) == shown
