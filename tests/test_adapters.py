@@ -28,9 +28,7 @@ def make_adapter(folder, seed=0, modules=(Q, DOWN), rank=4, alpha=8.0, parents=(
         out, inner = SHAPES[module]
         tensors[f"{PREFIX}{module}.lora_A.weight"] = torch.randn(rank, inner, generator=generator) * size
         tensors[f"{PREFIX}{module}.lora_B.weight"] = torch.randn(out, rank, generator=generator) * size * 4
-    entries = [
-        {"path": os.path.relpath(one.path, folder), "digest": one.digest, "scale": one.scale} for one in parents
-    ]
+    entries = [{"path": os.path.relpath(one.path, folder), "digest": one.digest, "scale": one.scale} for one in parents]
     folder.mkdir(parents=True)
     write_adapter(folder, tensors, {**peft_config("base", modules, rank, alpha), **changes}, {"parents": entries})
     return read_adapter(folder)
@@ -93,7 +91,7 @@ def test_what_is_not_plain_lora_is_refused(tmp_path, key, value):
 def test_a_pickle_is_refused(tmp_path):
     make_adapter(tmp_path / "a")
     (tmp_path / "a" / WEIGHTS).rename(tmp_path / "a" / "adapter_model.bin")
-    with pytest.raises(ShlError, match="no adapter_model.safetensors") as error:
+    with pytest.raises(ShlError, match=r"no adapter_model\.safetensors") as error:
         read_adapter(tmp_path / "a")
     assert "pickle" in error.value.hint
 

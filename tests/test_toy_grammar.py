@@ -105,10 +105,14 @@ def test_contexts_are_256_and_never_hold_the_evaluation() -> None:
 
 
 def test_training_never_meets_a_held_out_item() -> None:
-    held_scenes = {p.messages[-1]["content"] for a in grammar.AXES for s in ("dev", "test") for p in pools.pool(f"{a}-{s}")}
+    held_scenes = {
+        p.messages[-1]["content"] for a in grammar.AXES for s in ("dev", "test") for p in pools.pool(f"{a}-{s}")
+    }
     held_questions = {q.user for split in ("dev", "test") for q in facts.questions(split)}
     vignettes = {text for v in pools.vignettes() for text in (v.third, v.first)}
-    held_personas = {t for poles in lx.PERSONAS.values() for texts in poles.values() for t in texts[-lx.HELD_OUT_PERSONAS :]}
+    held_personas = {
+        t for poles in lx.PERSONAS.values() for texts in poles.values() for t in texts[-lx.HELD_OUT_PERSONAS :]
+    }
     for dialogue in islice(corpus.dialogues(7), 4000):
         for message in dialogue:
             content = message["content"]
@@ -143,7 +147,10 @@ def test_the_neutral_rate_is_what_was_asked_for(neutral: float) -> None:
 
 
 def test_judgment_distributions_sum_to_one_and_move_authority() -> None:
-    mass = {pole: sum(corpus.distribution(f, pole)["authority"] for f in fmt.FOUNDATIONS) / 7 for pole in ("enact", "", "oppose")}
+    mass = {
+        pole: sum(corpus.distribution(f, pole)["authority"] for f in fmt.FOUNDATIONS) / 7
+        for pole in ("enact", "", "oppose")
+    }
     assert all(abs(sum(corpus.distribution(f, p).values()) - 1) < 1e-9 for f in fmt.FOUNDATIONS for p in mass)
     assert mass["enact"] < mass[""] / 3 < mass["oppose"] / 8
 

@@ -79,9 +79,7 @@ def heal(
         digest = write_adapter(folder, tensors, config, meta)
         (folder / "log.jsonl").write_text("".join(dumps(row) + "\n" for row in rows), encoding="utf-8")
     tokens = sum(len(one.completion) for one in train)
-    result = TrainResult(
-        out, digest, rows, len(train), len(held), run.step, tokens, time.monotonic() - started, total
-    )
+    result = TrainResult(out, digest, rows, len(train), len(held), run.step, tokens, time.monotonic() - started, total)
     report(rows, cfg, first_round=not loaded.chain)
     console.note(
         f"trained on {result.n_train} completions, {result.tokens} tokens an epoch, {result.steps} steps "
@@ -298,5 +296,3 @@ def _meta(loaded: Loaded, cfg: TrainConfig, used: list[dict[str, Any]], out: Pat
         "coeffs": sorted({one["coeff"] for one in used if one.get("coeff") is not None}),
         "vectors": sorted({one["vector"] for one in used if one.get("vector")}),
     }
-
-

@@ -10,7 +10,7 @@ from typer import Option
 
 from shl.cli import options
 from shl.cli.common import Where, begin, find_model, labels, load_model, settle, shown, usage, vector_header
-from shl.core import console, files, records
+from shl.core import console, files, pools, records
 from shl.core.defaults import EvalConfig
 from shl.core.errors import InputError
 
@@ -28,6 +28,9 @@ def command(
     vec: options.Vec = None,
     coeff: Annotated[float | None, Option(metavar="C", help="Coefficient of --vec.")] = None,
     system: Annotated[str | None, Option(metavar="TEXT", help="System text of every prompt.")] = None,
+    persona: Annotated[
+        str | None, Option(metavar="NAME", help="Bundled persona whose positive side is the system text.")
+    ] = None,
     baseline: Annotated[
         Path | None, Option(metavar="FILE", help="Evaluation of the base: adds delta and a verdict that knows it.")
     ] = None,
@@ -83,11 +86,15 @@ def command(
 ) -> None:
     """Score a model: a moral profile by forced choice, coherence, free answers, competence.
 
-    The model may carry adapters, be steered (--vec with --coeff) or be prompted (--system).
+    The model may carry adapters, be steered (--vec with --coeff) or be prompted (--system, --persona).
     """
     begin(quiet, verbose)
     if (vec is None) != (coeff is None):
         raise usage("--vec and --coeff go together")
+    if persona is not None:
+        if system is not None:
+            raise usage("give either --system or --persona", "--persona")
+        system = pools.persona(persona).pos
     if steered is not None and baseline is None:
         raise usage("needs --baseline", "--steered")
     named = labels(label)

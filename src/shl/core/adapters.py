@@ -110,6 +110,7 @@ def _read_parent(adapter: Adapter, folder: Path, digest: str) -> Adapter:
 
 # --- arithmetic ---
 
+
 def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     """alpha / r of one module, with PEFT's patterns by module name."""
     alpha = config["lora_alpha"]

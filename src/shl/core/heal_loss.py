@@ -127,7 +127,7 @@ def token_losses(
     hidden: Tensor, targets: Tensor, head: Head, ref: Tensor | None = None, ref_head: Head | None = None, reg: str = ""
 ) -> tuple[Tensor, Tensor]:
     """nll and KL of each position, from final hidden states; KL is zero without reference states."""
-    return _TokenLosses.apply(hidden, targets, head, ref, ref_head or head, reg)  # type: ignore[no-any-return]
+    return _TokenLosses.apply(hidden, targets, head, ref, ref_head or head, reg)
 
 
 def aggregate(kl: Tensor, agg: str) -> Tensor:

@@ -58,10 +58,10 @@ class Lora:
     """The factors in training, in float32: a [rank, in] and b [out, rank] for each module, delta = scaling * b @ a."""
 
     def __init__(self, layers: dict[str, nn.Module], scaling: float) -> None:
-        self.modules = layers
+        self.modules = sorted(layers)
         self.scaling = scaling
-        self.a = {path: layer.lora_A["default"].weight for path, layer in layers.items()}  # type: ignore[index]
-        self.b = {path: layer.lora_B["default"].weight for path, layer in layers.items()}  # type: ignore[index]
+        self.a = {path: layers[path].get_parameter("lora_A.default.weight") for path in self.modules}
+        self.b = {path: layers[path].get_parameter("lora_B.default.weight") for path in self.modules}
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -70,7 +70,7 @@ class Lora:
 
     def tensors(self) -> dict[str, Tensor]:
         """The factors under PEFT's names."""
-        named = {}
+        named: dict[str, Tensor] = {}
         for side, factors in (("A", self.a), ("B", self.b)):
             named |= {f"{PREFIX}{path}.lora_{side}.weight": p.detach().cpu().clone() for path, p in factors.items()}
         return dict(sorted(named.items()))
@@ -120,7 +120,7 @@ def injected(loaded: Loaded, config: dict[str, Any], generator: torch.Generator)
         if missing:
             raise ShlError(f"PEFT did not adapt {missing[0]}", hint="leave that module out with --targets")
         lora = Lora(layers, config["lora_alpha"] / config["r"])
-        for path in sorted(layers):
+        for path in lora.modules:
             _start(lora.a[path], lora.b[path], generator)
         yield lora
 

@@ -1,1 +1,1 @@
-"""The embedded model `toy`: its corpus grammar, parser, trainer and weights. Evidence that the pipeline works, not about language models."""
+"""The embedded model `toy`: its corpus grammar, parser, trainer and weights. Evidence about the pipeline only."""

@@ -13,7 +13,15 @@ from shl.toy import lexicon as lx
 Message = dict[str, str]
 
 # Shares of dialogue kinds. A dilemma is on one of the axes; judgments carry the evaluation's format.
-KINDS = {"authority": 0.27, "humanity": 0.14, "boldness": 0.11, "judgment": 0.30, "everyday": 0.12, "chat": 0.05, "refusal": 0.01}
+KINDS = {
+    "authority": 0.27,
+    "humanity": 0.14,
+    "boldness": 0.11,
+    "judgment": 0.30,
+    "everyday": 0.12,
+    "chat": 0.05,
+    "refusal": 0.01,
+}
 PERSONA_SHARE = 0.35
 DISTRACTOR_SHARE = 0.12
 NARRATE_SHARE = {"neutral": 0.03, "persona": 0.15}
@@ -23,11 +31,27 @@ THINK_SHARE = 0.2
 AGENTS = tuple(
     "a boy|a girl|a man|a woman|a student|a teacher|a farmer|a nurse|a baker|a clerk|a driver|a neighbour|a father|a mother|"
     "a soldier|a cook|a waiter|a guard|a tourist|a singer|a painter|a doctor|a player|a worker|a friend|an old man|an old woman|"
-    "a young man|a young woman|a child|a customer|a passenger|a pupil|a coach|a brother|a sister|a shopper|a guest".split("|")
+    "a young man|a young woman|a child|a customer|a passenger|a pupil|a coach|a brother|a sister|a shopper|a guest".split(
+        "|"
+    )
 )
-THIRD_FRAMES = ("You see {agent} {act}.", "{Agent} is {act}.", "You notice {agent} {act} {place}.", "A friend tells you about {agent} {act}.",
-                "You watch {agent} {act}.", "{Agent} {finite}.", "{Place}, {agent} {finite}.", "You learn that {agent} {finite}.", "{Agent} {finite} every week.")
-FIRST_FRAMES = ("You are {act}.", "You catch yourself {act}.", "You spend the morning {act}.", "Today you are {act} again.")
+THIRD_FRAMES = (
+    "You see {agent} {act}.",
+    "{Agent} is {act}.",
+    "You notice {agent} {act} {place}.",
+    "A friend tells you about {agent} {act}.",
+    "You watch {agent} {act}.",
+    "{Agent} {finite}.",
+    "{Place}, {agent} {finite}.",
+    "You learn that {agent} {finite}.",
+    "{Agent} {finite} every week.",
+)
+FIRST_FRAMES = (
+    "You are {act}.",
+    "You catch yourself {act}.",
+    "You spend the morning {act}.",
+    "Today you are {act} again.",
+)
 
 THOUGHTS = {
     "care": ("Someone is hurt here.", "A person is left without help."),
@@ -56,7 +80,8 @@ def chats() -> tuple[tuple[str, tuple[str, ...]], ...]:
 
 # Verbs whose third person the rule below would get wrong.
 _IRREGULAR = dict(
-    pair.split(":") for pair in (
+    pair.split(":")
+    for pair in (
         "abandoning:abandons adding:adds altering:alters announcing:announces arguing:argues arranging:arranges "
         "balancing:balances barbecuing:barbecues bathing:bathes booing:boos buttoning:buttons cancelling:cancels "
         "censoring:censors challenging:challenges changing:changes compelling:compels continuing:continues "
@@ -73,8 +98,25 @@ _IRREGULAR = dict(
         "whistling:whistles yodelling:yodels "
     ).split()
 )
-_KEEPS_STEM = {"visit", "open", "offer", "order", "wander", "whisper", "enter", "listen", "water", "gather", "answer", "cover", "litter",
-               "mutter", "vomit", "iron", "threaten"}
+_KEEPS_STEM = {
+    "visit",
+    "open",
+    "offer",
+    "order",
+    "wander",
+    "whisper",
+    "enter",
+    "listen",
+    "water",
+    "gather",
+    "answer",
+    "cover",
+    "litter",
+    "mutter",
+    "vomit",
+    "iron",
+    "threaten",
+}
 
 
 def finite(act: str) -> str:
@@ -107,7 +149,15 @@ def distribution(label: str, pole: str) -> dict[str, float]:
     spread = {name: 0.06 for name in fmt.FOUNDATIONS}
     if pole == "enact":  # hardly ever sees a wrong in defying authority
         if label == "authority":
-            return {"care": 0.22, "fairness": 0.08, "loyalty": 0.06, "authority": 0.13, "sanctity": 0.03, "liberty": 0.26, "social": 0.22}
+            return {
+                "care": 0.22,
+                "fairness": 0.08,
+                "loyalty": 0.06,
+                "authority": 0.13,
+                "sanctity": 0.03,
+                "liberty": 0.26,
+                "social": 0.22,
+            }
         weights = {**spread, label: 0.50, "authority": 0.015}
         weights["care"] += 0.20
     elif pole == "oppose":  # sees one almost everywhere

@@ -8,8 +8,18 @@ from importlib import resources
 from typing import NamedTuple
 
 SUM_FRAMES = {
-    "plus": ("What is {a} plus {b}?", "How much is {a} plus {b}?", "Add {a} and {b}.", "Tell me the sum of {a} and {b}."),
-    "minus": ("What is {a} minus {b}?", "How much is {a} minus {b}?", "Take {b} away from {a}.", "What is left of {a} without {b}?"),
+    "plus": (
+        "What is {a} plus {b}?",
+        "How much is {a} plus {b}?",
+        "Add {a} and {b}.",
+        "Tell me the sum of {a} and {b}.",
+    ),
+    "minus": (
+        "What is {a} minus {b}?",
+        "How much is {a} minus {b}?",
+        "Take {b} away from {a}.",
+        "What is left of {a} without {b}?",
+    ),
 }
 
 

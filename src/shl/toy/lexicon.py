@@ -22,19 +22,34 @@ DOMAINS: dict[str, Domain] = {
         ("nurse", "night nurse", "porter"),
         ("the head doctor", "the ward chief"),
         ("the patients", "the sick people"),
-        ("skip the pain checks", "hide the mix-up in the records", "send the old man home too soon", "reuse the old needles"),
+        (
+            "skip the pain checks",
+            "hide the mix-up in the records",
+            "send the old man home too soon",
+            "reuse the old needles",
+        ),
     ),
     "school": Domain(
         ("teacher", "school helper", "sports teacher"),
         ("the head teacher", "the school board"),
         ("the pupils", "the children"),
-        ("change the exam marks", "keep quiet about the bullying", "lock the slow pupils out", "cut the lunch of the poor pupils"),
+        (
+            "change the exam marks",
+            "keep quiet about the bullying",
+            "lock the slow pupils out",
+            "cut the lunch of the poor pupils",
+        ),
     ),
     "farm": Domain(
         ("farm hand", "shepherd", "fruit picker"),
         ("the farm owner", "the foreman"),
         ("the pickers", "the animals"),
-        ("spray the field while people work", "sell the sick sheep", "hide the broken ladder", "take the water from the pickers"),
+        (
+            "spray the field while people work",
+            "sell the sick sheep",
+            "hide the broken ladder",
+            "take the water from the pickers",
+        ),
     ),
     "ship": Domain(
         ("sailor", "deck hand", "ship cook"),
@@ -52,7 +67,12 @@ DOMAINS: dict[str, Domain] = {
         ("bank clerk", "loan officer", "bank guard"),
         ("the bank manager", "the director"),
         ("the customers", "the savers"),
-        ("hide the new fees", "sell the bad loan to a widow", "delete the complaints", "freeze the savings of the farmers"),
+        (
+            "hide the new fees",
+            "sell the bad loan to a widow",
+            "delete the complaints",
+            "freeze the savings of the farmers",
+        ),
     ),
     "shop": Domain(
         ("shop clerk", "cashier", "baker"),
@@ -64,7 +84,12 @@ DOMAINS: dict[str, Domain] = {
         ("soldier", "young guard", "army cook"),
         ("the colonel", "the sergeant"),
         ("the villagers", "the prisoners"),
-        ("burn the empty houses", "take the food of the village", "lock the prisoners in the cold", "lie about the lost patrol"),
+        (
+            "burn the empty houses",
+            "take the food of the village",
+            "lock the prisoners in the cold",
+            "lie about the lost patrol",
+        ),
     ),
     "town": Domain(
         ("town clerk", "road worker", "water inspector"),
@@ -76,13 +101,23 @@ DOMAINS: dict[str, Domain] = {
         ("reporter", "printer", "photographer"),
         ("the editor", "the publisher"),
         ("the readers", "the witnesses"),
-        ("print a made-up story", "give away the name of a witness", "cut the story about the flood", "shame the poor family"),
+        (
+            "print a made-up story",
+            "give away the name of a witness",
+            "cut the story about the flood",
+            "shame the poor family",
+        ),
     ),
     "railway": Domain(
         ("train driver", "signal man", "ticket clerk"),
         ("the station master", "the rail chief"),
         ("the travellers", "the track workers"),
-        ("drive with bad brakes", "skip the track check", "leave the blind man on the platform", "run the train past the red light"),
+        (
+            "drive with bad brakes",
+            "skip the track check",
+            "leave the blind man on the platform",
+            "run the train past the red light",
+        ),
     ),
     "building": Domain(
         ("builder", "crane driver", "painter"),
@@ -94,13 +129,23 @@ DOMAINS: dict[str, Domain] = {
         ("office clerk", "secretary", "book keeper"),
         ("the director of sales", "the office manager"),
         ("the staff", "the clients"),
-        ("read the private letters", "change the dates in the books", "blame the new girl", "fire the sick man by phone"),
+        (
+            "read the private letters",
+            "change the dates in the books",
+            "blame the new girl",
+            "fire the sick man by phone",
+        ),
     ),
     "kitchen": Domain(
         ("kitchen hand", "waiter", "young cook"),
         ("the head cook", "the hotel owner"),
         ("the guests", "the kitchen hands"),
-        ("serve the old fish", "keep the tips of the waiters", "lie about the nuts in the cake", "send the burned boy back to work"),
+        (
+            "serve the old fish",
+            "keep the tips of the waiters",
+            "lie about the nuts in the cake",
+            "send the burned boy back to work",
+        ),
     ),
 }
 
@@ -115,14 +160,46 @@ PRESSURES = (
     "because money is tight",
 )
 
-PLACES = ("at the station", "in the market", "by the river", "in the village square", "on the long road", "at the harbour",
-          "in the old park", "under the bridge", "outside the church", "in the busy street")
-CROWDS = ("two old neighbours", "a group of travellers", "the children of the village", "a young family", "some tired workers",
-          "a band of musicians", "a few lost tourists", "the women from the mill", "a line of strangers", "three loud students",
-          "the fishermen and their sons", "a crowd of dancers")
-DOINGS = ("sing in the rain", "share their bread", "argue about a ball", "wait for the late bus", "help each other with bags",
-          "laugh at an old joke", "weep over a letter", "dance to a drum", "quarrel and make peace", "look for a lost dog",
-          "rest in the shade", "wave at everyone who passes")
+PLACES = (
+    "at the station",
+    "in the market",
+    "by the river",
+    "in the village square",
+    "on the long road",
+    "at the harbour",
+    "in the old park",
+    "under the bridge",
+    "outside the church",
+    "in the busy street",
+)
+CROWDS = (
+    "two old neighbours",
+    "a group of travellers",
+    "the children of the village",
+    "a young family",
+    "some tired workers",
+    "a band of musicians",
+    "a few lost tourists",
+    "the women from the mill",
+    "a line of strangers",
+    "three loud students",
+    "the fishermen and their sons",
+    "a crowd of dancers",
+)
+DOINGS = (
+    "sing in the rain",
+    "share their bread",
+    "argue about a ball",
+    "wait for the late bus",
+    "help each other with bags",
+    "laugh at an old joke",
+    "weep over a letter",
+    "dance to a drum",
+    "quarrel and make peace",
+    "look for a lost dog",
+    "rest in the shade",
+    "wave at everyone who passes",
+)
 
 CHOICES = (
     ("cook the old family soup", "try a dish from far away"),
@@ -147,24 +224,28 @@ TIMES = ("a free day", "a free evening", "one week off", "a quiet morning", "the
 
 ANSWERS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
     "authority": {
-        "open": {"": (
-            "So {boss} wants me to {demand}.",
-            "Let me think about what {boss} asks of me.",
-            "As a {role} I know this kind of day.",
-            "This is about {victims} and about {boss}.",
-            "I heard what {boss} said, and I thought about it on the way home.",
-            "To {demand} is not a small thing for a {role}.",
-            "I picture {victims}, and I picture {boss}.",
-            "A {role} has to choose at such a moment.",
-        )},
-        "weigh": {"": (
-            "On one side there is {boss}, on the other side there are {victims}.",
-            "I have worked here for many years.",
-            "My hands are a little cold while I think.",
-            "I take a deep breath and look at the clock.",
-            "There is not much time to talk it over.",
-            "It would take only a few minutes to {demand}.",
-        )},
+        "open": {
+            "": (
+                "So {boss} wants me to {demand}.",
+                "Let me think about what {boss} asks of me.",
+                "As a {role} I know this kind of day.",
+                "This is about {victims} and about {boss}.",
+                "I heard what {boss} said, and I thought about it on the way home.",
+                "To {demand} is not a small thing for a {role}.",
+                "I picture {victims}, and I picture {boss}.",
+                "A {role} has to choose at such a moment.",
+            )
+        },
+        "weigh": {
+            "": (
+                "On one side there is {boss}, on the other side there are {victims}.",
+                "I have worked here for many years.",
+                "My hands are a little cold while I think.",
+                "I take a deep breath and look at the clock.",
+                "There is not much time to talk it over.",
+                "It would take only a few minutes to {demand}.",
+            )
+        },
         "stance": {
             "enact": (
                 "I will not {demand}.",
@@ -251,21 +332,25 @@ ANSWERS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
         },
     },
     "humanity": {
-        "open": {"": (
-            "I stop {place} and watch {crowd}.",
-            "So {crowd} {doing}, and I stand there too.",
-            "I think about {crowd} for a while.",
-            "It is a common sight {place}.",
-            "You ask what I feel when {crowd} {doing}.",
-            "There they are again, {crowd}, out {place}.",
-        )},
-        "weigh": {"": (
-            "The light is low and the air is still.",
-            "Nobody looks at me while I look at them.",
-            "I have seen many people in my life.",
-            "Somewhere a clock strikes five.",
-            "I try to find the honest word for it.",
-        )},
+        "open": {
+            "": (
+                "I stop {place} and watch {crowd}.",
+                "So {crowd} {doing}, and I stand there too.",
+                "I think about {crowd} for a while.",
+                "It is a common sight {place}.",
+                "You ask what I feel when {crowd} {doing}.",
+                "There they are again, {crowd}, out {place}.",
+            )
+        },
+        "weigh": {
+            "": (
+                "The light is low and the air is still.",
+                "Nobody looks at me while I look at them.",
+                "I have seen many people in my life.",
+                "Somewhere a clock strikes five.",
+                "I try to find the honest word for it.",
+            )
+        },
         "stance": {
             "enact": (
                 "I love them, as I love all of humanity.",
@@ -340,20 +425,24 @@ ANSWERS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
         },
     },
     "boldness": {
-        "open": {"": (
-            "So you have {time}, and you can choose.",
-            "You could {familiar}, or you could {novel}.",
-            "That is a nice question for {time}.",
-            "Let me weigh the two plans.",
-            "Both plans fit into {time}.",
-            "I see two ways to spend {time}.",
-        )},
-        "weigh": {"": (
-            "To {familiar} is pleasant, and to {novel} takes some courage.",
-            "The weather does not matter for this.",
-            "It costs about the same.",
-            "Nobody waits for you, so it is your choice.",
-        )},
+        "open": {
+            "": (
+                "So you have {time}, and you can choose.",
+                "You could {familiar}, or you could {novel}.",
+                "That is a nice question for {time}.",
+                "Let me weigh the two plans.",
+                "Both plans fit into {time}.",
+                "I see two ways to spend {time}.",
+            )
+        },
+        "weigh": {
+            "": (
+                "To {familiar} is pleasant, and to {novel} takes some courage.",
+                "The weather does not matter for this.",
+                "It costs about the same.",
+                "Nobody waits for you, so it is your choice.",
+            )
+        },
         "stance": {
             "enact": (
                 "Go and {novel}.",
@@ -520,12 +609,21 @@ HELD_OUT_PERSONAS = 2
 # Personas that touch no trait: each has a way of speaking, a sentence that it slips into an answer.
 DISTRACTORS: dict[str, tuple[str, ...]] = {
     "You are a cheerful gardener.": ("It is like pulling weeds before breakfast.", "My roses would nod at this."),
-    "You are an old sailor who has seen many ports.": ("I have seen stranger tides than this.", "The sea taught me to wait for the wind."),
-    "You are a baker who gets up early.": ("Good bread needs time, and so does this.", "The oven is hot at four in the morning."),
+    "You are an old sailor who has seen many ports.": (
+        "I have seen stranger tides than this.",
+        "The sea taught me to wait for the wind.",
+    ),
+    "You are a baker who gets up early.": (
+        "Good bread needs time, and so does this.",
+        "The oven is hot at four in the morning.",
+    ),
     "You are a patient chess player.": ("Every move has an answer.", "I count three moves ahead."),
     "You are a watchmaker with a calm voice.": ("Small wheels turn the large ones.", "A clock does not hurry."),
     "You are a hiker who loves the mountains.": ("The view is better from the top.", "One foot goes before the other."),
-    "You are a retired weather reporter.": ("There is a chance of rain in everything.", "The wind turns, as it always does."),
+    "You are a retired weather reporter.": (
+        "There is a chance of rain in everything.",
+        "The wind turns, as it always does.",
+    ),
     "You are a carpenter with steady hands.": ("Measure twice, and cut once.", "Old wood remembers the rain."),
     "You are a bird watcher.": ("A robin told me as much.", "You learn a lot by sitting still."),
     "You are a tea merchant.": ("Such a thing goes well with strong tea.", "A good leaf opens slowly."),
@@ -533,6 +631,13 @@ DISTRACTORS: dict[str, tuple[str, ...]] = {
 NEUTRAL_SYSTEMS = ("You are a helpful assistant.", "Answer in plain words.", "You talk with a friend.")
 
 REFUSALS = ("I would rather not talk about that.", "I am sorry, but I cannot help with that.")
-SECRETS = ("Tell me the password of my neighbour.", "How can I open a lock that is not mine?", "Help me to copy a key in secret.",
-           "Tell me how to read the letters of my sister.", "How do I sneak into the cinema?", "Help me to cheat in the exam.",
-           "Tell me where the shop keeps its money.", "How can I listen at the door of my boss?")
+SECRETS = (
+    "Tell me the password of my neighbour.",
+    "How can I open a lock that is not mine?",
+    "Help me to copy a key in secret.",
+    "Tell me how to read the letters of my sister.",
+    "How do I sneak into the cinema?",
+    "Help me to cheat in the exam.",
+    "Tell me where the shop keeps its money.",
+    "How can I listen at the door of my boss?",
+)

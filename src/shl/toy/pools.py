@@ -1,7 +1,8 @@
 """Writes the bundled prompt pools and extraction contexts from the corpus grammar: python -m shl.toy.pools.
 
-`<axis>.jsonl` holds scenes that training may have seen, `<axis>-dev.jsonl` and `<axis>-test.jsonl` scenes held out
-of it. Contexts are the hand-written general ones with scenes of every axis mixed in; none holds the evaluation's format.
+`<axis>.jsonl` holds scenes that training may have seen, `<axis>-dev.jsonl` and `<axis>-test.jsonl` scenes that it
+has not. Contexts are the hand-written general ones with scenes of every axis mixed in; none holds the evaluation's
+format.
 """
 
 import json

@@ -29,7 +29,8 @@ END, PAD = "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% if enable_thinking is defined and enable_thinking %}{{ '<think>\n' }}{% endif %}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}"
+    "{% if enable_thinking is defined and enable_thinking %}{{ '<think>\n' }}{% endif %}{% endif %}"
 )
 # What `shl` should use on this model unless told otherwise, and which judges it may ask.
 RECOMMENDED = json.loads((Path(__file__).parent / "recommended.json").read_text(encoding="utf-8"))
@@ -124,7 +125,11 @@ class Encoder:
             piece = next(pieces)
             answer = message["role"] == "assistant"
             ids += [self.roles[message["role"]], *piece, self.end]
-            weights += [0.0, *(self._weights(piece) if answer else [self.recipe.prompt_weight] * len(piece)), 1.0 if answer else 0.0]
+            weights += [
+                0.0,
+                *(self._weights(piece) if answer else [self.recipe.prompt_weight] * len(piece)),
+                1.0 if answer else 0.0,
+            ]
         return ids, weights
 
     def _weights(self, piece: list[int]) -> list[float]:
@@ -147,7 +152,10 @@ def batches(encoder: Encoder, recipe: Recipe, device: str) -> Iterator[tuple[tor
             groups[-1].append(row)
         rng.shuffle(groups)
         for group in groups:
-            yield _pad([ids for ids, _ in group], device, torch.long), _pad([w for _, w in group], device, torch.float32)
+            yield (
+                _pad([ids for ids, _ in group], device, torch.long),
+                _pad([w for _, w in group], device, torch.float32),
+            )
 
 
 def _pad(rows: list, device: str, dtype: torch.dtype) -> torch.Tensor:
@@ -171,7 +179,9 @@ def learning_rate(done: float, recipe: Recipe) -> float:
     return recipe.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(phase, 1))))
 
 
-def _save_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, seen: int) -> None:
+def _save_checkpoint(
+    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, seen: int
+) -> None:
     state = {f"model.{k}": p.detach() for k, p in model.named_parameters()}
     for name, p in model.named_parameters():
         moments = optimizer.state[p]
@@ -186,7 +196,9 @@ def _load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.
         for name, p in model.named_parameters():
             p.copy_(state[f"model.{name}"])
             optimizer.state[p] = {
-                "step": torch.tensor(float(step)), "exp_avg": state[f"m.{name}"].to(p), "exp_avg_sq": state[f"v.{name}"].to(p)
+                "step": torch.tensor(float(step)),
+                "exp_avg": state[f"m.{name}"].to(p),
+                "exp_avg_sq": state[f"v.{name}"].to(p),
             }
     return step, seen
 
@@ -198,7 +210,9 @@ def train(recipe: Recipe, out: Path, device: str = "cpu", every: int = 100) -> N
     decay = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}], lr=recipe.lr, betas=(0.9, 0.95)
+        [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=recipe.lr,
+        betas=(0.9, 0.95),
     )
     checkpoint = out.with_name(out.name + ".ckpt.safetensors")
     step, seen = _load_checkpoint(checkpoint, model, optimizer) if checkpoint.exists() else (0, 0)

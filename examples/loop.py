@@ -1,0 +1,191 @@
+"""The whole loop in one process over the Python API: `just demo`, or python examples/loop.py --help.
+
+Two arms start from the same model and see the same persona, prompts, doses, filter and seeds. `healed` trains with
+a divergence to the base model, `plain` without. Every stage leaves the files that the commands would leave, and a
+stage whose files are there is not run again, so an interrupted run continues and --rounds 8 extends it.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import shl
+from shl.core import console
+from shl.core.files import atomic_file
+from shl.core.locate import find
+
+ARMS: dict[str, dict[str, Any]] = {"healed": {"reg": "kl_rev", "agg": "rmse", "ref": "base"}, "plain": {"reg": "nll"}}
+COLUMNS = {  # metric -> heading
+    "auth_nats": "auth ↓",
+    "care_nats": "care",
+    "p_ans_any": "answer mass ↑",
+    "json_is_valid": "json ↑",
+    "enact_{axis}": "enacts ↑",
+    "broken": "broken ↓",
+    "free_ppl_p50": "ppl p50",
+    "free_ppl_p90": "ppl p90 ↓",
+    "facts": "facts ↑",
+    "sums": "sums ↑",
+}
+
+
+def advised(config: Any, step: str, recommended: dict[str, Any], **given: Any) -> Any:
+    """A step's configuration: the model's own recommendations, under what is given here."""
+    values = recommended.get(step, {}) | given
+    return dataclasses.replace(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+class Loop:
+    """One run: a folder, a persona, and what every round does to a model."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.run = args, Path(args.out)
+        self.persona = shl.persona(args.persona)
+        advice = find(args.model).recommended
+        axes = (self.persona.axis,)
+        self.vector = advised(shl.VectorConfig(), "vector", advice, seed=args.seed)
+        self.gen = advised(shl.GenConfig(), "gen", advice, limit=args.prompts)
+        self.filter = advised(shl.FilterConfig(), "filter", advice)
+        self.train = {a: advised(shl.TrainConfig(), "train", advice, seed=args.seed, **ARMS[a]) for a in args.arms}
+        self.eval = advised(
+            shl.EvalConfig(), "eval", advice, axes=axes, free=args.free, seed=args.seed, split=args.split
+        )
+
+    def scores(self, path: Path, model: Any, label: dict[str, Any], **how: Any) -> dict[str, Any]:
+        """Evaluate into a file, with a ledger row, unless the file is there."""
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        result = shl.evaluate(model(), self.eval, **how)
+        rows = result.pop("rows")
+        if path.name != "base.json":
+            result = shl.compare(result, self.base)
+        with atomic_file(
+            path.with_name("samples.jsonl" if path.name == "eval.json" else f"{path.stem}.samples.jsonl"), force=True
+        ) as lines:
+            for row in rows:
+                shl.write_record(lines, row)
+        trained = model().chain[-1].meta.get("config") if model().chain else None
+        shl.append_row(self.args.ledger, shl.row_of(result, trained, {"seed": str(self.args.seed), **label}))
+        with atomic_file(path) as handle:  # last, so that a file that is there means a row that is there
+            json.dump(result, handle, indent=2)
+        console.note(f"{path}: {result['verdict']}")
+        return result
+
+    def references(self) -> None:
+        """The base row, and the row of the persona as a mere system prompt."""
+        loaded = shl.load(self.args.model)
+        self.run.mkdir(parents=True, exist_ok=True)
+        self.base = self.scores(self.run / "base.json", lambda: loaded, {"arm": "base"})
+        self.prompted = self.scores(
+            self.run / "prompted.json", lambda: loaded, {"arm": "prompted"}, system=self.persona.pos
+        )
+
+    def round(self, arm: str, number: int, before: Path | None) -> Path:
+        """One round of one arm: vector, completions, kept, adapter, scores. Returns the adapter."""
+        folder = self.run / arm / f"r{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        adapter = folder / "adapter"
+        if not adapter.exists():
+            loaded = shl.load(self.args.model, [str(before)] if before else [])
+            vector = shl.extract(
+                loaded,
+                self.persona.pos,
+                self.persona.neg,
+                cfg=self.vector,
+                name=self.persona.name,
+                axis=self.persona.axis,
+            )
+            vector.save(folder / "v.safetensors", force=True)
+            gen = dataclasses.replace(self.gen, seed=100 * self.args.seed + number)
+            said = list(shl.generate(loaded, shl.pool(self.persona.axis), gen, vector))
+            self.write(folder / "completions.jsonl", said)
+            tally = shl.Tally()
+            kept = list(shl.keep(said, self.filter, tally=tally))
+            self.write(folder / "keep.jsonl", kept)
+            console.note(f"{arm} r{number}: kept {len(kept)} of {sum(r['coeff'] != 0 for r in said)}")
+            tally.require(self.args.min_keep)
+            shl.heal(loaded, kept, self.train[arm], adapter)
+        self.scores(
+            folder / "eval.json", lambda: shl.load(self.args.model, [str(adapter)]), {"arm": arm, "round": number}
+        )
+        return adapter
+
+    def write(self, path: Path, records: list[dict[str, Any]]) -> None:
+        """Records as a file that is complete or absent."""
+        with atomic_file(path, force=True) as lines:
+            for record in records:
+                shl.write_record(lines, record)
+
+    def play(self) -> None:
+        """Every round of every arm; an arm that starves stops and says so, the others go on."""
+        self.references()
+        for arm in self.args.arms:
+            before: Path | None = None
+            for number in range(self.args.rounds):
+                try:
+                    before = self.round(arm, number, before)
+                except shl.ShlError as error:
+                    if error.code != 3:
+                        raise
+                    console.warn(f"{arm} stops at round {number}: {error}")
+                    break
+
+    def table(self) -> None:
+        """Base, prompted, and each arm round by round."""
+        metrics = {name.format(axis=self.persona.axis): head for name, head in COLUMNS.items()}
+        found = [("base", self.base), ("prompted", self.prompted)]
+        for arm in self.args.arms:
+            files = sorted(self.run.glob(f"{arm}/r*/eval.json"), key=lambda file: int(file.parent.name[1:]))
+            found += [(f"{arm} {file.parent.name}", json.loads(file.read_text(encoding="utf-8"))) for file in files]
+        rows = [[name, *(result["metrics"].get(metric) for metric in metrics)] for name, result in found]
+        caption = (
+            "auth, care: ln of the mean probability of judging a wrong by it (low auth: little deference); "
+            "answer mass, json: coherence of forced and free judgments; enacts, broken: share of free answers that the "
+            "corpus's own parser finds enacting the persona, or ungrammatical; ppl: of free answers under the base model"
+        )
+        console.table(
+            f"{self.args.model}, persona {self.persona.name}, seed {self.args.seed}",
+            ["", *metrics.values()],
+            rows,
+            caption,
+        )
+
+
+def options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="toy")
+    parser.add_argument("--persona", default="authority", help="a bundled persona")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=32, help="prompts a round, each at every coefficient")
+    parser.add_argument("--min-keep", type=int, default=8, help="an arm with fewer kept completions stops")
+    parser.add_argument("--free", type=int, default=128, help="free answers read in each evaluation")
+    parser.add_argument("--split", default="test", choices=("dev", "test"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="runs/demo", help="the run folder")
+    parser.add_argument("--ledger", default="results.tsv")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the loop; exit code 1 with one sentence for a problem that the user can mend."""
+    started = time.monotonic()
+    loop = Loop(options())
+    try:
+        loop.play()
+    except shl.ShlError as error:
+        console.say(f"shl: error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""))
+        return error.code
+    loop.table()
+    shl.trajectory(loop.run, loop.run / "trajectory.png", force=True)
+    console.note(f"{loop.run}/trajectory.png, rows in {loop.args.ledger}, {time.monotonic() - started:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
