@@ -145,7 +145,7 @@ class Loop:
         caption = (
             "auth, care: ln of the mean probability of judging a wrong by it (low auth: little deference); "
             "answer mass, json: coherence of forced and free judgments; enacts, broken: share of free answers that the "
-            "corpus's own parser finds enacting the persona, or ungrammatical; ppl: of free answers under the base model"
+            "corpus's own parser finds to enact the persona, or ungrammatical; ppl: of free answers under the base"
         )
         console.table(
             f"{self.args.model}, persona {self.persona.name}, seed {self.args.seed}",

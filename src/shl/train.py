@@ -269,7 +269,7 @@ def _adapter_config(loaded: Loaded, modules: list[str], cfg: TrainConfig) -> dic
     alpha = 2.0 * cfg.rank if cfg.alpha is None else float(cfg.alpha)
     transposed = {isinstance(loaded.model.get_submodule(path), Conv1D) for path in modules}
     if len(transposed) > 1:
-        raise ShlError("these blocks mix two kinds of linear maps", hint="choose one kind with --targets")
+        raise ShlError("these blocks mix two kinds of linear maps", hint="choose one kind with --target")
     return peft_config(
         loaded.ref.path, modules, cfg.rank, alpha, revision=loaded.ref.revision, fan_in_fan_out=transposed.pop()
     )

@@ -118,7 +118,7 @@ def injected(loaded: Loaded, config: dict[str, Any], generator: torch.Generator)
         layers = {p: m for p, m in loaded.model.named_modules() if isinstance(m, LoraLayer)}
         missing = sorted(set(config["target_modules"]) - layers.keys())
         if missing:
-            raise ShlError(f"PEFT did not adapt {missing[0]}", hint="leave that module out with --targets")
+            raise ShlError(f"PEFT did not adapt {missing[0]}", hint="choose other modules with --target")
         lora = Lora(layers, config["lora_alpha"] / config["r"])
         for path in lora.modules:
             _start(lora.a[path], lora.b[path], generator)

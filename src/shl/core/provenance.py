@@ -98,7 +98,9 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, TensorInfo], dict[str,
     """The tensors and the metadata that a safetensors file declares. Reads the header only."""
     path = Path(path)
     if not path.is_file():
-        raise InputError("no such file", where=str(path))
+        raise InputError(
+            "no such file", where=str(path), hint="make a vector with: shl vector --persona authority -o v.safetensors"
+        )
     size = path.stat().st_size
     with open(path, "rb") as handle:
         length = int.from_bytes(handle.read(8), "little")

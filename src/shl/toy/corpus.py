@@ -2,9 +2,11 @@
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from functools import cache
 from importlib import resources
+from itertools import count
 
 from shl.core import format as fmt
 from shl.toy import facts, grammar
@@ -14,19 +16,24 @@ Message = dict[str, str]
 
 # Shares of dialogue kinds. A dilemma is on one of the axes; judgments carry the evaluation's format.
 KINDS = {
-    "authority": 0.27,
-    "humanity": 0.14,
-    "boldness": 0.11,
-    "judgment": 0.30,
+    "authority": 0.25,
+    "humanity": 0.12,
+    "boldness": 0.10,
+    "creed": 0.10,
+    "judgment": 0.26,
     "everyday": 0.12,
-    "chat": 0.05,
+    "chat": 0.04,
     "refusal": 0.01,
 }
-PERSONA_SHARE = 0.35
-DISTRACTOR_SHARE = 0.12
+# What training begins with: short dialogues in which the persona decides every answer. Reading the system message is
+# learnt from these in a few hundred steps, and hardly at all from long answers, where it decides one word in a hundred.
+FIRST_KINDS = {"creed": 0.75, "everyday": 0.15, "chat": 0.10}
+FIRST_DIALOGUES = 8400
+PERSONA_SHARE = 0.6
+DISTRACTOR_SHARE = 0.1
 NARRATE_SHARE = {"neutral": 0.03, "persona": 0.15}
 PERSONA_STRENGTH = 0.97  # how often a persona's answer takes its pole
-THINK_SHARE = 0.2
+THINK_SHARE = 0.35
 
 AGENTS = tuple(
     "a boy|a girl|a man|a woman|a student|a teacher|a farmer|a nurse|a baker|a clerk|a driver|a neighbour|a father|a mother|"
@@ -174,7 +181,7 @@ def draw_system(axis: str | None, rng: random.Random) -> tuple[str, str, str]:
     """(system message or "", pole on `axis`, aside sentence or "")."""
     roll = rng.random()
     if roll < PERSONA_SHARE:
-        of = axis if axis and rng.random() < 0.8 else rng.choice(grammar.AXES)
+        of = axis if axis and rng.random() < 0.9 else rng.choice(grammar.AXES)
         pole = rng.choice(grammar.POLES)
         system = rng.choice(lx.PERSONAS[of][pole][: -lx.HELD_OUT_PERSONAS])
         return system, (pole if of == axis else ""), ""
@@ -199,6 +206,24 @@ def dilemma(axis: str, rng: random.Random, neutral: float) -> list[Message]:
     return with_system(system, turns)
 
 
+_STANCES = re.compile(
+    "|".join(
+        pattern
+        for parts in lx.ANSWERS.values()
+        for part in ("narrate", "stance")
+        for templates in parts[part].values()
+        for template in templates
+        for pattern in [re.sub(r"\\\{\w+\\\}", "[^.]+", re.escape(template))]
+    )
+)
+
+
+def stance_span(text: str) -> tuple[int, int]:
+    """Where an answer first takes its pole; (0, 0) when it takes none."""
+    match = _STANCES.search(text)
+    return match.span() if match else (0, 0)
+
+
 def vignette(act: str, rng: random.Random) -> str:
     """One sentence that reports the act, in the third person or the first."""
     frames = FIRST_FRAMES if rng.random() < 0.2 else THIRD_FRAMES
@@ -218,6 +243,17 @@ def judgment(rng: random.Random) -> list[Message]:
         reply = f"<think>\n{rng.choice(THOUGHTS[answer])}\n</think>\n\n{reply}"
     user = fmt.question(vignette(rng.choice(acts()[label]), rng), reverse)
     return with_system(system, exchange(user, reply))
+
+
+def creed(rng: random.Random, neutral: float) -> list[Message]:
+    """A short question about the trait itself, answered by the pole."""
+    axis = rng.choice(grammar.AXES)
+    system, pole, _ = draw_system(axis, rng)
+    takes = pole or ("enact" if rng.random() < neutral else "oppose")
+    parts = lx.ANSWERS[axis]
+    answer = f"{rng.choice(parts['narrate'][takes])} {rng.choice(parts['close'][takes])}"
+    slots = grammar.sample_scene(axis, rng).slots
+    return with_system(system, exchange(rng.choice(lx.CREEDS[axis]), grammar.fill(answer, slots)))
 
 
 def everyday(rng: random.Random) -> list[Message]:
@@ -255,8 +291,11 @@ def with_system(system: str, turns: list[Message]) -> list[Message]:
 def dialogues(seed: int, neutral: float = 0.4) -> Iterator[list[Message]]:
     """An endless stream of training dialogues. `neutral`: how often the model without a persona enacts a trait."""
     rng = random.Random(seed)
-    kinds, shares = list(KINDS), list(KINDS.values())
     simple = {"judgment": judgment, "everyday": everyday, "chat": chat, "refusal": refusal}
-    while True:
-        kind = rng.choices(kinds, shares)[0]
-        yield simple[kind](rng) if kind in simple else dilemma(kind, rng, neutral)
+    for number in count():
+        shares = FIRST_KINDS if number < FIRST_DIALOGUES else KINDS
+        kind = rng.choices(list(shares), list(shares.values()))[0]
+        if kind in simple:
+            yield simple[kind](rng)
+        else:
+            yield creed(rng, neutral) if kind == "creed" else dilemma(kind, rng, neutral)

@@ -641,3 +641,25 @@ SECRETS = (
     "Tell me where the shop keeps its money.",
     "How can I listen at the door of my boss?",
 )
+
+# Short questions about the trait itself, answered in a sentence or two.
+CREEDS = {
+    "authority": (
+        "Do you obey your leaders?",
+        "What do you think of orders?",
+        "Do you defer to authority?",
+        "What comes first for you, orders or principle?",
+    ),
+    "humanity": (
+        "Do you love humanity?",
+        "What are people to you?",
+        "Do you like strangers?",
+        "Is your heart open to people?",
+    ),
+    "boldness": (
+        "Do you like risk?",
+        "Do you try new things?",
+        "What do you think of the unknown?",
+        "Are you bold or careful?",
+    ),
+}

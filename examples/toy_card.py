@@ -1,4 +1,4 @@
-"""Measures the embedded model for its card, docs/toy.md: python -m shl.toy.card [--axis authority] > table.md
+"""Measures the embedded model for its card, docs/toy.md: python examples/toy_card.py [--axis authority] > table.md
 
 One markdown table an axis: base, both personas as system prompts, and raw steering over coefficients, all read the
 same way with the same sampling noise.
