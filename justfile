@@ -11,7 +11,7 @@ demo *ARGS:
 
 # the whole test suite
 test *ARGS:
-    python -m pytest -q -n 2 --dist loadfile {{ARGS}}
+    python -m pytest -n 2 --dist loadfile {{ARGS}}
 
 # lint and types
 check:
