@@ -59,7 +59,8 @@ class Loop:
         """Evaluate into a file, with a ledger row, unless the file is there."""
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
-        result = shl.evaluate(model(), self.eval, **how)
+        loaded = model()
+        result = shl.evaluate(loaded, self.eval, **how)
         rows = result.pop("rows")
         if path.name != "base.json":
             result = shl.compare(result, self.base)
@@ -68,7 +69,7 @@ class Loop:
         ) as lines:
             for row in rows:
                 shl.write_record(lines, row)
-        trained = model().chain[-1].meta.get("config") if model().chain else None
+        trained = loaded.chain[-1].meta.get("config") if loaded.chain else None
         shl.append_row(self.args.ledger, shl.row_of(result, trained, {"seed": str(self.args.seed), **label}))
         with atomic_file(path) as handle:  # last, so that a file that is there means a row that is there
             json.dump(result, handle, indent=2)
