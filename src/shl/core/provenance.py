@@ -98,9 +98,7 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, TensorInfo], dict[str,
     """The tensors and the metadata that a safetensors file declares. Reads the header only."""
     path = Path(path)
     if not path.is_file():
-        raise InputError(
-            "no such file", where=str(path), hint="make a vector with: shl vector --persona authority -o v.safetensors"
-        )
+        raise InputError("no such file", where=str(path))
     size = path.stat().st_size
     with open(path, "rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
@@ -124,6 +122,10 @@ def _tensor_info(entry: dict[str, Any], base: int) -> TensorInfo:
 
 def read_header(path: Path | str) -> dict[str, Any]:
     """The shl header of a safetensors file, such as a vector."""
+    if not Path(path).is_file():
+        raise InputError(
+            "no such vector", where=str(path), hint="make one with: shl vector --persona authority -o v.safetensors"
+        )
     _, metadata = read_safetensors(path)
     if KEY not in metadata:
         raise InputError(
