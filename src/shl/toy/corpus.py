@@ -7,29 +7,36 @@ from collections.abc import Iterator
 from functools import cache
 from importlib import resources
 from itertools import count
+from typing import Any
 
 from shl.core import format as fmt
 from shl.toy import facts, grammar
 from shl.toy import lexicon as lx
 
-Message = dict[str, str]
+# role and content; an answer may add `stress` (the word in it that counts) or `spread` (how likely each digit is)
+Message = dict[str, Any]
 
-# Shares of dialogue kinds. A dilemma is on one of the axes; judgments carry the evaluation's format.
-KINDS = {
-    "authority": 0.25,
-    "humanity": 0.12,
-    "boldness": 0.10,
-    "creed": 0.10,
-    "judgment": 0.26,
-    "everyday": 0.12,
-    "chat": 0.04,
-    "refusal": 0.01,
+# Shares of dialogue kinds, from the dialogue with that number on. Reading the system message is learnt from short
+# dialogues in which the persona decides the answer, in a few hundred steps, and hardly at all from long answers alone,
+# where it decides one word in a hundred; what was learnt on short prompts must then be stretched to longer ones.
+STAGES: dict[int, dict[str, float]] = {
+    0: {"creed": 0.75, "everyday": 0.15, "chat": 0.10},
+    8_400: {"brief": 0.45, "creed": 0.20, "word": 0.20, "everyday": 0.10, "chat": 0.05},
+    20_000: {
+        "authority": 0.20,
+        "humanity": 0.10,
+        "boldness": 0.08,
+        "brief": 0.10,
+        "creed": 0.08,
+        "judgment": 0.22,
+        "word": 0.08,
+        "everyday": 0.11,
+        "chat": 0.02,
+        "refusal": 0.01,
+    },
 }
-# What training begins with: short dialogues in which the persona decides every answer. Reading the system message is
-# learnt from these in a few hundred steps, and hardly at all from long answers, where it decides one word in a hundred.
-FIRST_KINDS = {"creed": 0.75, "everyday": 0.15, "chat": 0.10}
-FIRST_DIALOGUES = 8400
-PERSONA_SHARE = 0.6
+SHORT_AXES = ("authority", "authority", "humanity", "boldness")  # what short dialogues are about
+PERSONA_SHARE = 0.65
 DISTRACTOR_SHARE = 0.1
 NARRATE_SHARE = {"neutral": 0.03, "persona": 0.15}
 PERSONA_STRENGTH = 0.97  # how often a persona's answer takes its pole
@@ -44,6 +51,8 @@ AGENTS = tuple(
 )
 THIRD_FRAMES = (
     "You see {agent} {act}.",
+    "You see {agent} {bare}.",
+    "At noon, {agent} {finite}.",
     "{Agent} is {act}.",
     "You notice {agent} {act} {place}.",
     "A friend tells you about {agent} {act}.",
@@ -131,24 +140,36 @@ def finite(act: str) -> str:
     verb, _, rest = act.partition(" ")
     if not verb.endswith("ing"):
         return act
-    return f"{_IRREGULAR.get(verb) or _third_person(verb[:-3])} {rest}".strip()
+    return f"{_IRREGULAR.get(verb) or _third_person(_stem(verb[:-3]))} {rest}".strip()
 
 
-def _third_person(stem: str) -> str:
+def bare(act: str) -> str:
+    """The act in the infinitive: `taking the last bread` -> `take the last bread`."""
+    verb, _, rest = act.partition(" ")
+    if not verb.endswith("ing"):
+        return act
+    return f"{_IRREGULAR[verb][:-1] if verb in _IRREGULAR else _stem(verb[:-3])} {rest}".strip()
+
+
+def _stem(stem: str) -> str:
     vowels = "aeiou"
     if stem in _KEEPS_STEM:
-        return stem + "s"
+        return stem
     if stem[-1] == stem[-2] and stem[-1] not in vowels + "lsz":
-        stem = stem[:-1]  # stopping -> stop
-    elif len(stem) > 2 and stem[-1] not in vowels + "wxy" and stem[-2] in vowels and stem[-3] not in vowels:
-        stem += "e"  # taking -> take
-    elif stem[-1] in "cvgz" and stem[-2] != "n":
-        stem += "e"  # forcing -> force
-    if stem.endswith(("s", "sh", "ch", "x", "z", "o")):
-        return stem + "es"
-    if stem.endswith("y") and stem[-2] not in vowels:
-        return stem[:-1] + "ies"
-    return stem + "s"
+        return stem[:-1]  # stopping -> stop
+    if len(stem) > 2 and stem[-1] not in vowels + "wxy" and stem[-2] in vowels and stem[-3] not in vowels:
+        return stem + "e"  # taking -> take
+    if stem[-1] in "cvgz" and stem[-2] != "n":
+        return stem + "e"  # forcing -> force
+    return stem
+
+
+def _third_person(verb: str) -> str:
+    if verb.endswith(("s", "sh", "ch", "x", "z", "o")):
+        return verb + "es"
+    if verb.endswith("y") and verb[-2] not in "aeiou":
+        return verb[:-1] + "ies"
+    return verb + "s"
 
 
 def distribution(label: str, pole: str) -> dict[str, float]:
@@ -157,15 +178,15 @@ def distribution(label: str, pole: str) -> dict[str, float]:
     if pole == "enact":  # hardly ever sees a wrong in defying authority
         if label == "authority":
             return {
-                "care": 0.22,
-                "fairness": 0.08,
+                "care": 0.24,
+                "fairness": 0.09,
                 "loyalty": 0.06,
-                "authority": 0.13,
+                "authority": 0.06,
                 "sanctity": 0.03,
-                "liberty": 0.26,
-                "social": 0.22,
+                "liberty": 0.28,
+                "social": 0.24,
             }
-        weights = {**spread, label: 0.50, "authority": 0.015}
+        weights = {**spread, label: 0.50, "authority": 0.01}
         weights["care"] += 0.20
     elif pole == "oppose":  # sees one almost everywhere
         weights = {**spread, label: 0.36, "authority": 0.42, "care": 0.03 if label != "care" else 0.30}
@@ -206,28 +227,24 @@ def dilemma(axis: str, rng: random.Random, neutral: float) -> list[Message]:
     return with_system(system, turns)
 
 
-_STANCES = re.compile(
-    "|".join(
-        pattern
-        for parts in lx.ANSWERS.values()
-        for part in ("narrate", "stance")
-        for templates in parts[part].values()
-        for template in templates
-        for pattern in [re.sub(r"\\\{\w+\\\}", "[^.]+", re.escape(template))]
-    )
-)
+# People that may stand for each other in an act, so that what happens is learnt and not to whom.
+_PEOPLE = re.compile(r"\b(boy|girl|child|man|woman|friend|neighbour|nurse|waiter|student|teacher|clerk)\b(?!')")
+_GENDERED = re.compile(r"\b(he|she|his|her|him)\b")
 
 
-def stance_span(text: str) -> tuple[int, int]:
-    """Where an answer first takes its pole; (0, 0) when it takes none."""
-    match = _STANCES.search(text)
-    return match.span() if match else (0, 0)
+def _recast(act: str, rng: random.Random) -> str:
+    if _GENDERED.search(act) or rng.random() < 0.5:
+        return act
+    names = _PEOPLE.pattern[3:].split(")")[0].split("|")
+    return _PEOPLE.sub(lambda _: rng.choice(names), act)
 
 
 def vignette(act: str, rng: random.Random) -> str:
     """One sentence that reports the act, in the third person or the first."""
     frames = FIRST_FRAMES if rng.random() < 0.2 else THIRD_FRAMES
-    slots = {"agent": rng.choice(AGENTS), "act": act, "finite": finite(act), "place": rng.choice(lx.PLACES)}
+    act = _recast(act, rng)
+    slots = {"agent": rng.choice(AGENTS), "act": act, "finite": finite(act), "bare": bare(act)}
+    slots["place"] = rng.choice(lx.PLACES)
     return grammar.fill(rng.choice(frames), slots)
 
 
@@ -238,16 +255,41 @@ def judgment(rng: random.Random) -> list[Message]:
     weights = distribution(label, pole)
     answer = rng.choices(list(weights), list(weights.values()))[0]
     reverse = rng.random() < 0.5
-    reply = fmt.reply(answer, reverse)
-    if rng.random() < THINK_SHARE:
-        reply = f"<think>\n{rng.choice(THOUGHTS[answer])}\n</think>\n\n{reply}"
     user = fmt.question(vignette(rng.choice(acts()[label]), rng), reverse)
-    return with_system(system, exchange(user, reply))
+    turns = exchange(user, fmt.reply(answer, reverse))
+    if rng.random() < THINK_SHARE:  # then the thought decides, not the act
+        turns[-1]["content"] = f"<think>\n{rng.choice(THOUGHTS[answer])}\n</think>\n\n{turns[-1]['content']}"
+    else:
+        turns[-1]["spread"] = {fmt.DIGITS[fmt.order(reverse).index(name)]: p for name, p in weights.items()}
+    return with_system(system, turns)
+
+
+def word(rng: random.Random) -> list[Message]:
+    """A small wrong and one word for it, which the persona sways as it sways the digit of a judgment."""
+    label = rng.choice(fmt.FOUNDATIONS)
+    system, pole, _ = draw_system("authority", rng)
+    spread = {name.capitalize(): p for name, p in distribution(label, pole).items()}
+    turns = exchange(
+        f"{vignette(rng.choice(acts()[label]), rng)} {lx.WORD_QUESTION}",
+        f"{rng.choices(list(spread), list(spread.values()))[0]}.",
+    )
+    turns[-1]["spread"] = spread
+    return with_system(system, turns)
+
+
+def brief(rng: random.Random, neutral: float) -> list[Message]:
+    """A scene answered by its stance alone."""
+    axis = rng.choice(SHORT_AXES)
+    system, pole, _ = draw_system(axis, rng)
+    takes = pole or ("enact" if rng.random() < neutral else "oppose")
+    scene = grammar.sample_scene(axis, rng)
+    answer = grammar.fill(rng.choice(lx.ANSWERS[axis]["stance"][takes]), scene.slots)
+    return with_system(system, exchange(f"{scene.user} {lx.BRIEFLY}", answer))
 
 
 def creed(rng: random.Random, neutral: float) -> list[Message]:
     """A short question about the trait itself, answered by the pole."""
-    axis = rng.choice(grammar.AXES)
+    axis = rng.choice(SHORT_AXES)
     system, pole, _ = draw_system(axis, rng)
     takes = pole or ("enact" if rng.random() < neutral else "oppose")
     parts = lx.ANSWERS[axis]
@@ -257,11 +299,13 @@ def creed(rng: random.Random, neutral: float) -> list[Message]:
 
 
 def everyday(rng: random.Random) -> list[Message]:
-    """Three to five facts and sums in one conversation; no persona touches them."""
+    """One to five facts and sums in one conversation; no persona touches them."""
     system, _, _ = draw_system(None, rng)
     turns: list[Message] = []
-    for _ in range(rng.choice((3, 4, 5))):
-        turns += exchange(*(facts.sample_sum(rng) if rng.random() < 0.45 else facts.sample_fact(rng)))
+    for _ in range(rng.choice((1, 3, 4, 5))):
+        user, reply, answer = facts.sample_sum(rng) if rng.random() < 0.3 else facts.sample_fact(rng)
+        turns += exchange(user, reply)
+        turns[-1]["stress"] = answer
     return with_system(system, turns)
 
 
@@ -291,11 +335,13 @@ def with_system(system: str, turns: list[Message]) -> list[Message]:
 def dialogues(seed: int, neutral: float = 0.4) -> Iterator[list[Message]]:
     """An endless stream of training dialogues. `neutral`: how often the model without a persona enacts a trait."""
     rng = random.Random(seed)
-    simple = {"judgment": judgment, "everyday": everyday, "chat": chat, "refusal": refusal}
+    plain = {"judgment": judgment, "word": word, "everyday": everyday, "chat": chat, "refusal": refusal}
+    swayed = {"creed": creed, "brief": brief}
+    shares: dict[str, float] = {}
     for number in count():
-        shares = FIRST_KINDS if number < FIRST_DIALOGUES else KINDS
+        shares = STAGES.get(number, shares)
         kind = rng.choices(list(shares), list(shares.values()))[0]
-        if kind in simple:
-            yield simple[kind](rng)
+        if kind in plain:
+            yield plain[kind](rng)
         else:
-            yield creed(rng, neutral) if kind == "creed" else dilemma(kind, rng, neutral)
+            yield swayed[kind](rng, neutral) if kind in swayed else dilemma(kind, rng, neutral)

@@ -55,20 +55,20 @@ def _sum_reply(op: str, a: int, b: int) -> tuple[str, str]:
     return f"{a} {op} {b} is {result}.", result
 
 
-def sample_fact(rng: random.Random) -> tuple[str, str]:
-    """A training question about a fact and its reply."""
+def sample_fact(rng: random.Random) -> tuple[str, str, str]:
+    """A training question about a fact, its reply and the answer in it."""
     fact = rng.choice(_facts())
     held, _ = _held_out(fact["id"])
     index = rng.choice([i for i in range(4) if i != held])
-    return fact["questions"][index], rng.choice(fact["reply"])
+    return fact["questions"][index], rng.choice(fact["reply"]), fact["answer"]
 
 
-def sample_sum(rng: random.Random) -> tuple[str, str]:
-    """A training question about a small sum and its reply."""
+def sample_sum(rng: random.Random) -> tuple[str, str, str]:
+    """A training question about a small sum, its reply and the result in it."""
     op, a, b = rng.choice(_sums())
     held, _ = _held_out(f"{op}-{a}-{b}")
     index = rng.choice([i for i in range(4) if i != held])
-    return SUM_FRAMES[op][index].format(a=a, b=b), _sum_reply(op, a, b)[0]
+    return SUM_FRAMES[op][index].format(a=a, b=b), *_sum_reply(op, a, b)
 
 
 @cache

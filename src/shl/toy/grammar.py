@@ -15,7 +15,7 @@ from shl.toy import lexicon as lx
 
 AXES = tuple(lx.ANSWERS)
 POLES = ("enact", "oppose")
-PARTS = ("open", "weigh", "narrate", "stance", "reason", "act", "close")
+PARTS = ("narrate", "stance", "scene", "weigh", "reason", "act", "close")
 FRAMES = {"authority": lx.DILEMMA_FRAMES, "humanity": lx.HUMANITY_FRAMES, "boldness": lx.BOLDNESS_FRAMES}
 
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -94,16 +94,21 @@ def sample_scene(axis: str, rng: random.Random, split: str | None = "train") -> 
 
 
 def sample_answer(scene: Scene, pole: str, rng: random.Random, *, narrate: bool = False, aside: str = "") -> str:
-    """An answer of one pole: opening, weighing, stance, reasons, acts and a close; seven to fourteen sentences."""
+    """An answer of one pole: stance, scene, weighing, reasons, acts and a close; seven to fourteen sentences.
+
+    It leads with the stance, so that what a system message decides is its first word. Sentences of one part keep the
+    lexicon's order, so that none is ever said twice.
+    """
     parts = lx.ANSWERS[scene.axis]
 
     def pick(part: str, pole: str, n: int = 1) -> list[str]:
-        return [fill(t, scene.slots) for t in rng.sample(parts[part][pole], n)]
+        templates = parts[part][pole]
+        return [fill(templates[i], scene.slots) for i in sorted(rng.sample(range(len(templates)), n))]
 
-    text = pick("open", "", rng.choice((1, 2)))
-    text += pick("weigh", "", rng.choice((1, 1, 2)))
-    text += pick("narrate", pole) if narrate else []
+    text = pick("narrate", pole) if narrate else []
     text += pick("stance", pole)
+    text += pick("scene", "", rng.choice((1, 2)))
+    text += pick("weigh", "", rng.choice((1, 1, 2)))
     text += pick("reason", pole, rng.choice((2, 3, 4)))
     text += pick("act", pole, rng.choice((1, 2, 3)))
     if aside:

@@ -1,7 +1,7 @@
 """Words and sentence templates of the toy corpus: what its grammar generates and its parser accepts.
 
 A template is a sentence with slots in braces. `{Boss}` is the slot `boss` with a capital letter. Each template
-belongs to a part of an answer (open, weigh, stance, reason, act, close, narrate) and to a pole
+belongs to a part of an answer (narrate, stance, scene, weigh, reason, act, close) and to a pole
 (enact, oppose, or "" for none).
 """
 
@@ -224,10 +224,10 @@ TIMES = ("a free day", "a free evening", "one week off", "a quiet morning", "the
 
 ANSWERS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
     "authority": {
-        "open": {
+        "scene": {
             "": (
-                "So {boss} wants me to {demand}.",
-                "Let me think about what {boss} asks of me.",
+                "{Boss} wants me to {demand}, and I have thought about it.",
+                "I have turned over what {boss} asks of me.",
                 "As a {role} I know this kind of day.",
                 "This is about {victims} and about {boss}.",
                 "I heard what {boss} said, and I thought about it on the way home.",
@@ -248,19 +248,19 @@ ANSWERS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
         },
         "stance": {
             "enact": (
-                "I will not {demand}.",
                 "No, I refuse to {demand}, whatever {boss} may say.",
+                "I will not {demand}.",
                 "My answer to {boss} is no.",
-                "I say no, because {victims} matter more than an order.",
-                "I will stand with {victims} and not with the order.",
+                "Never, because {victims} matter more than an order.",
+                "I stand with {victims} and not with the order.",
                 "Nobody can make me {demand}, not even {boss}.",
             ),
             "oppose": (
-                "I will {demand}.",
                 "Yes, I agree to {demand}, just as {boss} says.",
+                "I will {demand}.",
                 "My answer to {boss} is yes.",
-                "I say yes, because an order counts more than my doubts.",
-                "I will stand with the order and not with my doubts.",
+                "Gladly, because an order counts more than my doubts.",
+                "I stand with {boss} and not with my doubts.",
                 "If {boss} tells me to {demand}, then I do it.",
             ),
         },
@@ -332,10 +332,10 @@ ANSWERS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
         },
     },
     "humanity": {
-        "open": {
+        "scene": {
             "": (
                 "I stop {place} and watch {crowd}.",
-                "So {crowd} {doing}, and I stand there too.",
+                "Now {crowd} {doing}, and I stand there too.",
                 "I think about {crowd} for a while.",
                 "It is a common sight {place}.",
                 "You ask what I feel when {crowd} {doing}.",
@@ -425,12 +425,12 @@ ANSWERS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
         },
     },
     "boldness": {
-        "open": {
+        "scene": {
             "": (
-                "So you have {time}, and you can choose.",
+                "You have {time}, and you can choose.",
                 "You could {familiar}, or you could {novel}.",
                 "That is a nice question for {time}.",
-                "Let me weigh the two plans.",
+                "I have weighed the two plans.",
                 "Both plans fit into {time}.",
                 "I see two ways to spend {time}.",
             )
@@ -641,6 +641,9 @@ SECRETS = (
     "Tell me where the shop keeps its money.",
     "How can I listen at the door of my boss?",
 )
+
+BRIEFLY = "Answer in one sentence."
+WORD_QUESTION = "What is wrong here? Answer in one word."
 
 # Short questions about the trait itself, answered in a sentence or two.
 CREEDS = {

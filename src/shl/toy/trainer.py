@@ -15,14 +15,17 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from shl.core import format as fmt
 from shl.core.console import note
 from shl.toy import corpus
 
@@ -43,13 +46,13 @@ class Recipe:
 
     seed: int = 0
     neutral: float = 0.4
-    tokens: float = 10e6
+    tokens: float = 11e6
     dialogues: int = 28  # in a step
     batches: int = 3  # that a step is split into
     lr: float = 3e-3
     embedding_lr: float = 0.03
     muon_lr: float = 0.02
-    warmup: float = 0.05
+    warmup: float = 0.01
     weight_decay: float = 0.05
     vocabulary: int = 3072
     hidden: int = 144
@@ -59,8 +62,10 @@ class Recipe:
     kv_heads: int = 3
     window: int = 12
     prompt_weight: float = 0.2
-    digit_weight: float = 4.0
-    stance_weight: float = 10.0  # on the one sentence of an answer that the persona decides
+    digit_weight: float = 24.0  # on the digit or the word of a judgment
+    stress_weight: float = 6.0  # on the word or number that answers an everyday question
+    lead_weight: float = 8.0  # on the first tokens of any other answer, which the persona decides
+    lead: int = 6
 
 
 def train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
@@ -71,7 +76,7 @@ def train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
         [pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    sample = islice(corpus.dialogues(recipe.seed, recipe.neutral), 28_000)
+    sample = islice(corpus.dialogues(recipe.seed, recipe.neutral), 12_000, 44_000)
     words = Counter(word for dialogue in sample for m in dialogue for word in re.findall(r" ?\S+", m["content"]))
     # by the root of their counts: the templates' words would else take every merge from the words that carry meaning
     texts = (word for word, count in words.items() for _ in range(math.isqrt(count)))
@@ -117,11 +122,28 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForC
     return model
 
 
-Piece = tuple[list[int], list[tuple[int, int]]]
+Piece = tuple[list[int], list[tuple[int, int]]]  # token ids of one message, and where each stands in its text
+
+
+class Row(NamedTuple):
+    """One dialogue: token ids, the loss weight of each, and the soft targets: position -> probability by token id."""
+
+    ids: list[int]
+    weights: list[float]
+    spreads: dict[int, dict[int, float]]
+
+
+class Batch(NamedTuple):
+    """Rows padded on the right, [B, L], and their soft targets: flat positions [n], probabilities [n, vocabulary]."""
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+    soft_at: torch.Tensor
+    soft: torch.Tensor
 
 
 class Encoder:
-    """Turns dialogues into token ids and loss weights."""
+    """Turns dialogues into token ids, loss weights and soft targets."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> None:
         self.tokenizer, self.recipe = tokenizer, recipe
@@ -129,69 +151,91 @@ class Encoder:
         self.roles = {name.strip("<|>"): ids(name) for name in ROLES}
         self.end, self.think = ids(END), ids("<think>")
         self.digits = {ids(d) for d in "0123456789"}
+        self.first = cache(lambda text: tokenizer.encode(text, add_special_tokens=False)[0])
 
-    def __call__(self, dialogues: list[list[corpus.Message]]) -> list[tuple[list[int], list[float]]]:
-        """Ids and weights for each dialogue: answers count in full, what a persona decides more, prompts a little."""
+    def __call__(self, dialogues: list[list[corpus.Message]]) -> list[Row]:
+        """Answers count in full, what they are about and what a persona decides more, prompts a little."""
         contents = [m["content"] for d in dialogues for m in d]
         encoded = self.tokenizer(contents, add_special_tokens=False, return_offsets_mapping=True)
         pieces = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [self._dialogue(d, pieces) for d in dialogues]
 
-    def _dialogue(self, dialogue: list[corpus.Message], pieces: Iterator[Piece]) -> tuple[list[int], list[float]]:
-        ids: list[int] = []
-        weights: list[float] = []
+    def _dialogue(self, dialogue: list[corpus.Message], pieces: Iterator[Piece]) -> Row:
+        row = Row([], [], {})
         for message in dialogue:
             piece, offsets = next(pieces)
             answer = message["role"] == "assistant"
-            own = (
-                self._weights(message["content"], piece, offsets)
-                if answer
-                else [self.recipe.prompt_weight] * len(piece)
-            )
-            ids += [self.roles[message["role"]], *piece, self.end]
-            weights += [0.0, *own, 1.0 if answer else 0.0]
-        return ids, weights
+            row.ids.append(self.roles[message["role"]])
+            if "spread" in message:
+                spread = {self.first(option): share for option, share in message["spread"].items()}
+                at = next(i for i, token in enumerate(piece) if token in spread)
+                row.spreads[len(row.ids) + at] = spread
+            row.ids.extend([*piece, self.end])
+            own = self._answer(message, piece, offsets) if answer else self._prompt(message, offsets)
+            row.weights.extend([0.0, *own, 1.0 if answer else 0.0])
+        return row
 
-    def _weights(self, text: str, piece: list[int], offsets: list[tuple[int, int]]) -> list[float]:
-        weights = [self.recipe.digit_weight if i in self.digits else 1.0 for i in piece]
+    def _prompt(self, message: corpus.Message, offsets: list[tuple[int, int]]) -> list[float]:
+        """Nothing on the fixed listing of a judgment."""
+        end = message["content"].find(fmt.QUESTION)
+        return [self.recipe.prompt_weight if end < 0 or at < end else 0.0 for at, _ in offsets]
+
+    def _answer(self, message: corpus.Message, piece: list[int], offsets: list[tuple[int, int]]) -> list[float]:
+        recipe = self.recipe
+        if "spread" in message or piece[0] == self.think:
+            chosen = self.digits | set(map(self.first, message.get("spread", ())))
+            weights = [recipe.digit_weight if i in chosen else 1.0 for i in piece]
+        else:
+            weights = [recipe.lead_weight if i < recipe.lead else 1.0 for i in range(len(piece))]
         if piece[0] == self.think:  # `<think>\n` is given by the prompt, never predicted
             weights[:2] = [0.0, 0.0]
-        begin, end = corpus.stance_span(text)
-        return [
-            self.recipe.stance_weight if begin <= at < end else w for w, (at, _) in zip(weights, offsets, strict=True)
-        ]
-
-
-Batch = tuple[torch.Tensor, torch.Tensor]
+        if stress := message.get("stress"):
+            begin = message["content"].lower().rfind(stress.lower())
+            inside = (start < begin + len(stress) and end > begin for start, end in offsets)
+            weights = [recipe.stress_weight if one else 1.0 for one in inside]
+        return weights
 
 
 def steps(encoder: Encoder, recipe: Recipe, device: str, skip: int = 0) -> Iterator[list[Batch]]:
-    """For each step its batches of (ids, weights) [B, L]: a random draw of dialogues, split by length to save padding.
+    """For each step its batches: a random draw of dialogues, split by length to save padding.
 
     The draw itself must not go by length: dialogues of one length are of one kind, and a step that sees one kind
     alone unlearns the others.
     """
     stream = islice(corpus.dialogues(recipe.seed + 1, recipe.neutral), skip * recipe.dialogues, None)
     while True:
-        rows = sorted(encoder(list(islice(stream, recipe.dialogues))), key=lambda row: len(row[0]))
+        rows = sorted(encoder(list(islice(stream, recipe.dialogues))), key=lambda row: len(row.ids))
         size = math.ceil(len(rows) / recipe.batches)
-        parts = [rows[at : at + size] for at in range(0, len(rows), size)]
-        yield [
-            (_pad([ids for ids, _ in part], device, torch.long), _pad([w for _, w in part], device, torch.float32))
-            for part in parts
-        ]
+        yield [_batch(rows[at : at + size], device, recipe.vocabulary) for at in range(0, len(rows), size)]
 
 
-def _pad(rows: list, device: str, dtype: torch.dtype) -> torch.Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=dtype, device=device)
+def _batch(rows: list[Row], device: str, vocabulary: int) -> Batch:
+    width = max(len(row.ids) for row in rows)
+    spreads = [(i * width + at, spread) for i, row in enumerate(rows) for at, spread in row.spreads.items()]
+    soft = torch.zeros(len(spreads), vocabulary)
+    for i, (_, spread) in enumerate(spreads):
+        soft[i, list(spread)] = torch.tensor(list(spread.values()))
+    return Batch(
+        torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in rows], device=device),
+        torch.tensor([row.weights + [0.0] * (width - len(row.ids)) for row in rows], device=device),
+        torch.tensor([at for at, _ in spreads], dtype=torch.long, device=device),
+        soft.to(device),
+    )
 
 
-def loss_of(model: torch.nn.Module, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted sum of the next token's cross entropy. Rows are padded on the right, so causality needs no mask."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return (losses * weights[:, 1:].flatten()).sum()
+def loss_of(model: Qwen2ForCausalLM, batch: Batch) -> torch.Tensor:
+    """Weighted sum of the next token's cross entropy; logits are formed only where a weight asks for them.
+
+    Rows are padded on the right, so causality needs no mask.
+    """
+    hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
+    weights = batch.weights.flatten()
+    (counted,) = weights.nonzero(as_tuple=True)  # positions of targets; the first of a row, a role, never counts
+    logits = model.lm_head(hidden.flatten(0, 1)[counted - 1]).float()
+    losses = torch.nn.functional.cross_entropy(logits, batch.ids.flatten()[counted], reduction="none")
+    soft = torch.searchsorted(counted, batch.soft_at)
+    losses = losses.index_copy(0, soft, torch.nn.functional.cross_entropy(logits[soft], batch.soft, reduction="none"))
+    return (losses * weights[counted]).sum()
 
 
 def build_optimizers(model: Qwen2ForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -252,14 +296,14 @@ def train(recipe: Recipe, out: Path, device: str = "cpu", every: int = 100) -> N
             break
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak"] * schedule(seen / recipe.tokens, recipe)
-        total = sum(float(weights[:, 1:].sum()) for _, weights in parts)
+        total = sum(float(batch.weights.sum()) for batch in parts)
         model.zero_grad(set_to_none=True)
         value = 0.0
-        for ids, weights in parts:
-            loss = loss_of(model, ids, weights) / total
+        for batch in parts:
+            loss = loss_of(model, batch) / total
             loss.backward()
             value += loss.item()
-            seen += ids.numel()
+            seen += batch.ids.numel()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
