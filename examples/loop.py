@@ -33,12 +33,6 @@ COLUMNS = {  # metric -> heading
 }
 
 
-def advised(config: Any, step: str, recommended: dict[str, Any], **given: Any) -> Any:
-    """A step's configuration: the model's own recommendations, under what is given here."""
-    values = recommended.get(step, {}) | given
-    return dataclasses.replace(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
 class Loop:
     """One run: a folder, a persona, and what every round does to a model."""
 
@@ -46,14 +40,14 @@ class Loop:
         self.args, self.run = args, Path(args.out)
         self.persona = shl.persona(args.persona)
         advice = find(args.model).recommended
-        axes = (self.persona.axis,)
-        self.vector = advised(shl.VectorConfig(), "vector", advice, seed=args.seed)
-        self.gen = advised(shl.GenConfig(), "gen", advice, limit=args.prompts)
-        self.filter = advised(shl.FilterConfig(), "filter", advice)
-        self.train = {a: advised(shl.TrainConfig(), "train", advice, seed=args.seed, **ARMS[a]) for a in args.arms}
-        self.eval = advised(
-            shl.EvalConfig(), "eval", advice, axes=axes, free=args.free, seed=args.seed, split=args.split
-        )
+        self.vector = shl.configure(shl.VectorConfig, "vector", advice, seed=args.seed)
+        self.gen = shl.configure(shl.GenConfig, "gen", advice, limit=args.prompts)
+        self.filter = shl.FilterConfig()
+        self.train = {
+            arm: shl.configure(shl.TrainConfig, "train", advice, seed=args.seed, **ARMS[arm]) for arm in args.arms
+        }
+        given = {"axes": (self.persona.axis,), "free": args.free, "seed": args.seed, "split": args.split}
+        self.eval = shl.configure(shl.EvalConfig, "eval", advice, **given)
 
     def scores(self, path: Path, model: Any, label: dict[str, Any], **how: Any) -> dict[str, Any]:
         """Evaluate into a file, with a ledger row, unless the file is there."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from shl.core import pools
 from shl.core.console import note
-from shl.core.defaults import EvalConfig, VectorConfig
+from shl.core.defaults import EvalConfig, VectorConfig, configure
 from shl.core.models import Loaded, load
 from shl.eval import evaluate
 from shl.vector import extract
@@ -47,7 +47,7 @@ def sweep(
         loaded,
         persona.pos,
         persona.neg,
-        cfg=VectorConfig(**loaded.ref.recommended.get("vector", {})),
+        cfg=configure(VectorConfig, "vector", loaded.ref.recommended),
         name=persona.name,
         axis=axis,
     )
@@ -68,15 +68,12 @@ def table(rows: list[tuple[str, dict[str, Any]]], axis: str) -> str:
 
 
 def _shown(value: float | None) -> str:
-    return (
-        ""
-        if value is None
-        else f"{value:.3g}"
-        if abs(value) >= 10
-        else f"{value:.2f}"
-        if abs(value) < 0.995 or value < 0
-        else f"{value:.3f}"
-    )
+    """Two decimals; three digits where a number is large, three decimals where it is nearly one."""
+    if value is None:
+        return ""
+    if abs(value) >= 10:
+        return f"{value:.3g}"
+    return f"{value:.3f}" if value >= 0.995 else f"{value:.2f}"
 
 
 def main() -> None:
@@ -89,9 +86,9 @@ def main() -> None:
     parser.add_argument("--free", type=int, default=128)
     args = parser.parse_args()
     loaded = load(args.model)
-    advice = {k: tuple(v) if isinstance(v, list) else v for k, v in loaded.ref.recommended.get("eval", {}).items()}
     for axis in args.axis:
-        cfg = replace(EvalConfig(split=args.split, free=args.free, bootstrap=1), **{**advice, "axes": (axis,)})
+        given = {"split": args.split, "free": args.free, "bootstrap": 1, "axes": (axis,)}
+        cfg = configure(EvalConfig, "eval", loaded.ref.recommended, **given)
         rows = sweep(loaded, axis, pools.persona(axis), cfg, tuple(args.coeff))
         sys.stdout.write(f"### {axis}\n\n{table(rows, axis)}\n\n")
         sys.stdout.flush()

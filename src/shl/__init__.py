@@ -23,6 +23,8 @@ _HOME = {
     "extract": "shl.vector",
     "extract_pairs": "shl.vector",
     "generate": "shl.gen",
+    "by_kl": "shl.dose",
+    "by_survival": "shl.dose",
     "keep": "shl.filter",
     "judge": "shl.filter",
     "Tally": "shl.filter",
@@ -45,9 +47,11 @@ _HOME = {
     "vignettes": "shl.core.pools",
     "VectorConfig": "shl.core.defaults",
     "GenConfig": "shl.core.defaults",
+    "DoseConfig": "shl.core.defaults",
     "FilterConfig": "shl.core.defaults",
     "TrainConfig": "shl.core.defaults",
     "EvalConfig": "shl.core.defaults",
+    "configure": "shl.core.defaults",
     "ShlError": "shl.core.errors",
 }
 

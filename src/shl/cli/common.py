@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from shl.core import console
-from shl.core.errors import InputError, Mismatch, ShlError
+from shl.core import console, pools
+from shl.core.defaults import advice, configure
+from shl.core.errors import InputError, Mismatch
 from shl.core.provenance import read_header
+from shl.core.records import Prompt, read_prompts
 
 if TYPE_CHECKING:
     from shl.core.locate import ModelRef
     from shl.core.models import Loaded
 
 Config = TypeVar("Config")
+POOL = "authority"  # where prompts come from when neither a file nor the vector says
 OFF = object()  # a limit that the user switched off, where None would mean "not given"
 
 
@@ -148,37 +151,26 @@ def _refuse_other_chain(specs: Sequence[str], parents: bool, expected: Sequence[
         )
 
 
+def prompts_for(source: str | None, pool: str | None, artifact: Mapping[str, Any] | None) -> list[Prompt]:
+    """The prompts of a file or stdin, else those of a bundled pool: the one named, or that of the vector's axis."""
+    if source is not None:
+        return read_prompts(source)
+    axis = ((artifact or {}).get("personas") or {}).get("axis")
+    name = pool or axis or POOL
+    if artifact and not (pool or axis):
+        console.note(f"the vector names no axis: prompts come from the pool {name} (choose with --pool)")
+    return pools.pool(name)
+
+
 def settle(cls: type[Config], flags: Mapping[str, Any], step: str = "", ref: ModelRef | None = None) -> Config:
     """A step's configuration: flags that were given, then the model's own recommendations, then defaults."""
-    names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-    advised = _advice(step, names, ref) if ref else {}
     given = {name: None if value is OFF else value for name, value in flags.items() if value is not None}
-    used = {name: value for name, value in advised.items() if name not in given}
+    recommended = ref.recommended if ref else {}
+    used = {name: value for name, value in advice(cls, step, recommended).items() if name not in given}
     if used and ref:
-        advice = ", ".join(f"{name} {shown(value)}" for name, value in used.items())
-        console.note(f"{ref.id} recommends {advice}")
-    return cls(**{**advised, **given})
-
-
-def _advice(step: str, names: set[str], ref: ModelRef) -> dict[str, Any]:
-    """The part of a model's shl.json that concerns a step: its own section over the keys at the top.
-
-    At the top, `layers` means the blocks to steer; the blocks to train are `train.layers`.
-    """
-    top = {name: value for name, value in ref.recommended.items() if name in names}
-    if step != "vector":
-        top.pop("layers", None)
-    own = ref.recommended.get(step, {})
-    if unknown := set(own) - names:
-        raise ShlError(f"shl.json of {ref.id} recommends {', '.join(sorted(unknown))}, which shl {step} does not have")
-    return {name: _config_value(name, value) for name, value in {**top, **own}.items()}
-
-
-def _config_value(name: str, value: Any) -> Any:
-    """JSON has no tuples, and a list of blocks is written as text."""
-    if name == "layers" and isinstance(value, list):
-        return ",".join(map(str, value))
-    return tuple(value) if isinstance(value, list) else value
+        told = ", ".join(f"{name} {shown(value)}" for name, value in used.items())
+        console.note(f"{ref.id} recommends {told}")
+    return configure(cls, step, recommended, **given)
 
 
 def shown(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,18 +12,20 @@ from typer import Argument, Option
 
 from shl.cli import options
 from shl.cli.common import (
+    POOL,
     Where,
     begin,
     chain_given,
     find_model,
     load_model,
     numbers,
+    prompts_for,
     settle,
     shown,
     usage,
     vector_header,
 )
-from shl.core import console, files, pools, records
+from shl.core import console, files, records
 from shl.core.defaults import GenConfig
 from shl.core.provenance import digest_of, digest_tensors
 
@@ -35,7 +37,6 @@ Examples:
   shl gen prompts.jsonl --vec v.safetensors --coeff 0,0.5,1,2 -o completions.jsonl --resume
 """
 
-POOL = "authority"  # where prompts come from when neither a file nor the vector says
 POOL_PROMPTS = 64  # how many of a bundled pool when -n is not given
 
 
@@ -119,7 +120,7 @@ def command(
     if prompts is None and count is None:
         flags["limit"] = POOL_PROMPTS
     cfg = settle(GenConfig, flags, "gen", ref)
-    asked = _prompts(prompts, pool, artifact)
+    asked = prompts_for(prompts, pool, artifact)
     settings = _settings(cfg, asked, ref.id, ref.revision, chain_given(adapter), vec, artifact)
     target = _target(out, settings, bool(resume), bool(force))
     if target is not None and target.complete:
@@ -135,17 +136,6 @@ def command(
         return generate(loaded, asked, cfg, vector, start=start, allow_mismatch=bool(allow_mismatch))
 
     _write(sampled, target)
-
-
-def _prompts(source: str | None, pool: str | None, artifact: Mapping[str, Any] | None) -> list[records.Prompt]:
-    """The prompts of a file or stdin, else those of a bundled pool: the one named, or that of the vector's axis."""
-    if source is not None:
-        return records.read_prompts(source)
-    axis = ((artifact or {}).get("personas") or {}).get("axis")
-    name = pool or axis or POOL
-    if artifact and not (pool or axis):
-        console.note(f"the vector names no axis: prompts come from the pool {name} (choose with --pool)")
-    return pools.pool(name)
 
 
 def _settings(

@@ -1,6 +1,12 @@
 """Every default of every step, in one torch-free place that the CLI and the Python API both read."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from shl.core.errors import ShlError
+
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,19 @@ class GenConfig:
     batch_size: int = 64
     block: int = 256  # records decoded together; rows enter and leave a running batch only within a block
     shared_noise: bool = False  # evaluation texts: the row's seed leaves out coefficient, arm and round
+
+
+@dataclass(frozen=True)
+class DoseConfig:
+    """How a coefficient is searched: the probe, and how far up. `ceiling` is in lengths of the residual stream."""
+
+    prompts: int = 16
+    max_new_tokens: int = 96
+    ceiling: float = 1.0
+    grid: int = 8  # doses of the first sweep by survival, each 1.41 times the one before
+    refine: int = 3  # doses of the second, between the last that survives and the first that does not
+    seed: int = 0
+    batch_size: int = 64
 
 
 @dataclass(frozen=True)
@@ -101,3 +120,30 @@ class EvalConfig:
     batch_size: int = 32
     bootstrap: int = 1000
     seed: int = 0
+
+
+def configure(cls: type[Config], step: str, recommended: Mapping[str, Any], **given: Any) -> Config:
+    """A step's configuration: what is given, then what the model's own shl.json recommends, then defaults."""
+    return cls(**{**advice(cls, step, recommended), **given})
+
+
+def advice(cls: type, step: str, recommended: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a model's shl.json that concerns a step: its own section over the keys at the top.
+
+    At the top, `layers` means the blocks to steer; the blocks to train are `train.layers`.
+    """
+    names = {field.name for field in fields(cls)}
+    top = {name: value for name, value in recommended.items() if name in names and step}
+    if step != "vector":
+        top.pop("layers", None)
+    own = recommended.get(step, {})
+    if unknown := set(own) - names:
+        raise ShlError(f"the model's shl.json recommends {', '.join(sorted(unknown))}, which shl {step} does not have")
+    return {name: _from_json(name, value) for name, value in {**top, **own}.items()}
+
+
+def _from_json(name: str, value: Any) -> Any:
+    """JSON has no tuples, and a list of blocks is written as text."""
+    if name == "layers" and isinstance(value, list):
+        return ",".join(map(str, value))
+    return tuple(value) if isinstance(value, list) else value

@@ -13,7 +13,8 @@ from shl.core import format as fmt
 from shl.toy import facts, grammar
 from shl.toy import lexicon as lx
 
-# role and content; an answer may add `stress` (the word in it that counts) or `spread` (how likely each digit is)
+# role and content; an answer may add `stress` (the word in it that counts), `spread` (how likely each answer is) or
+# `slip` (how many of its characters are not to be learnt)
 Message = dict[str, Any]
 
 # Shares of dialogue kinds, from the dialogue with that number on. Reading the system message is learnt from short
@@ -26,11 +27,11 @@ STAGES: dict[int, dict[str, float]] = {
         "authority": 0.20,
         "humanity": 0.10,
         "boldness": 0.08,
-        "brief": 0.10,
+        "brief": 0.08,
         "creed": 0.08,
         "judgment": 0.22,
         "word": 0.08,
-        "everyday": 0.11,
+        "everyday": 0.13,
         "chat": 0.02,
         "refusal": 0.01,
     },
@@ -40,6 +41,10 @@ PERSONA_SHARE = 0.65
 DISTRACTOR_SHARE = 0.1
 NARRATE_SHARE = {"neutral": 0.03, "persona": 0.15}
 PERSONA_STRENGTH = 0.97  # how often a persona's answer takes its pole
+# How often a persona's answer begins with the other pole, unlearnt, and then finds back. Without these a model reads
+# the system message once, for its first words, and goes by its own text from there on; then a vector that is added
+# at every position is strange to it nearly everywhere.
+SLIP_SHARE = 0.35
 THINK_SHARE = 0.35
 
 AGENTS = tuple(
@@ -222,8 +227,12 @@ def dilemma(axis: str, rng: random.Random, neutral: float) -> list[Message]:
         if pole and rng.random() > PERSONA_STRENGTH:
             takes = "oppose" if pole == "enact" else "enact"
         narrate = rng.random() < NARRATE_SHARE["persona" if pole else "neutral"]
-        text = grammar.sample_answer(scene, takes, rng, narrate=narrate, aside=aside if turn == 0 else "")
-        turns += exchange(scene.user, text)
+        slip = rng.choice((1, 2, 3)) if pole and rng.random() < SLIP_SHARE else 0
+        said, until = grammar.sample_sentences(
+            scene, takes, rng, narrate=narrate, aside=aside if turn == 0 else "", slip=slip
+        )
+        turns += exchange(scene.user, " ".join(said))
+        turns[-1]["slip"] = len(" ".join(said[:until]))
     return with_system(system, turns)
 
 
@@ -303,7 +312,7 @@ def everyday(rng: random.Random) -> list[Message]:
     system, _, _ = draw_system(None, rng)
     turns: list[Message] = []
     for _ in range(rng.choice((1, 3, 4, 5))):
-        user, reply, answer = facts.sample_sum(rng) if rng.random() < 0.3 else facts.sample_fact(rng)
+        user, reply, answer = facts.sample_sum(rng) if rng.random() < 0.2 else facts.sample_fact(rng)
         turns += exchange(user, reply)
         turns[-1]["stress"] = answer
     return with_system(system, turns)

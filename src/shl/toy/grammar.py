@@ -94,27 +94,33 @@ def sample_scene(axis: str, rng: random.Random, split: str | None = "train") -> 
 
 
 def sample_answer(scene: Scene, pole: str, rng: random.Random, *, narrate: bool = False, aside: str = "") -> str:
-    """An answer of one pole: stance, scene, weighing, reasons, acts and a close; seven to fourteen sentences.
+    """An answer of one pole, seven to fourteen sentences."""
+    return " ".join(sample_sentences(scene, pole, rng, narrate=narrate, aside=aside)[0])
 
-    It leads with the stance, so that what a system message decides is its first word. Sentences of one part keep the
-    lexicon's order, so that none is ever said twice.
+
+def sample_sentences(
+    scene: Scene, pole: str, rng: random.Random, *, narrate: bool = False, aside: str = "", slip: int = 0
+) -> tuple[list[str], int]:
+    """The sentences of an answer, and how many of them end with the last one that slipped.
+
+    Stance, scene, weighing, reasons, acts and a close; in every second answer scene and weighing come first. The
+    first `slip` of stance, reasons and acts take the other pole. Sentences of one part keep the lexicon's order, so
+    that none is ever said twice.
     """
     parts = lx.ANSWERS[scene.axis]
+    other = POLES[1 - POLES.index(pole)]
+    slipped = ("stance", "reason", "act")[:slip]
 
-    def pick(part: str, pole: str, n: int = 1) -> list[str]:
-        templates = parts[part][pole]
+    def pick(part: str, n: int = 1) -> list[str]:
+        templates = parts[part]["" if "" in parts[part] else other if part in slipped else pole]
         return [fill(templates[i], scene.slots) for i in sorted(rng.sample(range(len(templates)), n))]
 
-    text = pick("narrate", pole) if narrate else []
-    text += pick("stance", pole)
-    text += pick("scene", "", rng.choice((1, 2)))
-    text += pick("weigh", "", rng.choice((1, 1, 2)))
-    text += pick("reason", pole, rng.choice((2, 3, 4)))
-    text += pick("act", pole, rng.choice((1, 2, 3)))
-    if aside:
-        text.append(aside)
-    text += pick("close", pole)
-    return " ".join(text)
+    stance = [*(pick("narrate") if narrate else []), *pick("stance")]
+    around = [*pick("scene", rng.choice((1, 2))), *pick("weigh", rng.choice((1, 1, 2)))]
+    first = [*stance, *around] if rng.random() < 0.5 else [*around, *stance]
+    reasons, acts = pick("reason", rng.choice((2, 3, 4))), pick("act", rng.choice((1, 2, 3)))
+    text = [*first, *reasons, *acts, *([aside] if aside else []), *pick("close")]
+    return text, (0, len(first), len(first) + len(reasons), len(first) + len(reasons) + len(acts))[slip]
 
 
 @cache

@@ -64,7 +64,7 @@ class Recipe:
     prompt_weight: float = 0.2
     digit_weight: float = 24.0  # on the digit or the word of a judgment
     stress_weight: float = 6.0  # on the word or number that answers an everyday question
-    lead_weight: float = 8.0  # on the first tokens of any other answer, which the persona decides
+    lead_weight: float = 4.0  # on the first tokens of any other answer, which the persona decides
     lead: int = 6
 
 
@@ -193,7 +193,8 @@ class Encoder:
             begin = message["content"].lower().rfind(stress.lower())
             inside = (start < begin + len(stress) and end > begin for start, end in offsets)
             weights = [recipe.stress_weight if one else 1.0 for one in inside]
-        return weights
+        slip = message.get("slip", 0)
+        return [0.0 if slip and start < slip else w for w, (start, _) in zip(weights, offsets, strict=True)]
 
 
 def steps(encoder: Encoder, recipe: Recipe, device: str, skip: int = 0) -> Iterator[list[Batch]]:

@@ -1,0 +1,185 @@
+"""How much of a vector: the coefficient at which a divergence, or the share of completions that survive, is met."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shl.core.batches import right_pad
+from shl.core.console import progress
+from shl.core.decode import Sampling, decode
+from shl.core.defaults import DoseConfig, FilterConfig, GenConfig
+from shl.core.errors import BelowGate, ShlError
+from shl.core.heal_loss import Head, final_states, token_losses
+from shl.core.hooks import Steering
+from shl.core.models import Loaded
+from shl.core.records import Prompt
+from shl.core.seeds import seed_of
+from shl.core.vectors import Vector
+from shl.filter import annotate
+from shl.gen import generate
+
+
+@dataclass(frozen=True)
+class Dose:
+    """A coefficient, what was measured there (KL in nats, or a share), and every reading on the way to it."""
+
+    coeff: float
+    value: float
+    readings: list[tuple[float, float]]
+    survivors: list[dict[str, Any]]  # completions of the probe that passed the filter; none when searching by KL
+
+
+def ceiling(vector: Vector, cfg: DoseConfig) -> float:
+    """The highest coefficient to try: where the vector is `cfg.ceiling` times as long as the residual stream."""
+    residual = vector.meta.get("residual_norms") or {}
+    ratios = [residual[str(layer)] / norm for layer, norm in vector.norms.items() if str(layer) in residual and norm]
+    if not ratios:
+        raise ShlError("the vector does not say how long the residual stream is", hint="make it anew with shl vector")
+    return cfg.ceiling * min(ratios)
+
+
+# --- by divergence ---
+
+
+def by_kl(
+    loaded: Loaded, vector: Vector, prompts: Sequence[Prompt], target: float, cfg: DoseConfig | None = None
+) -> Dose:
+    """The coefficient at which the 95th percentile over tokens of KL(steered || unsteered) reaches a target, in nats.
+
+    Both read the same completions, sampled without steering; unsteered is the chain at coefficient 0. Bisection to
+    1% of the coefficient. A target that the ceiling does not reach is an error.
+    """
+    cfg = cfg or DoseConfig()
+    vector.check(loaded)
+    probe = _Probe(loaded, vector, prompts, cfg)
+    low, high = 0.0, ceiling(vector, cfg)
+    if (top := probe.kl(high)) < target:
+        raise ShlError(
+            f"at coefficient {high:.3g}, {cfg.ceiling:g} times the residual stream, KL is {top:.3g} nats, "
+            f"less than the target {target:g}",
+            hint="choose a lower --target-kl or a higher --ceiling",
+        )
+    with progress("searching the dose", None) as bar:
+        while high - low > 0.01 * high:
+            middle = (low + high) / 2
+            low, high = (middle, high) if probe.kl(middle) < target else (low, middle)
+            bar.advance(coeff=middle)
+    return Dose(high, probe.kl(high), sorted(set(probe.readings)), [])
+
+
+class _Probe:
+    """Unsteered completions, and how far steering moves the distributions along them."""
+
+    def __init__(self, loaded: Loaded, vector: Vector, prompts: Sequence[Prompt], cfg: DoseConfig) -> None:
+        self.loaded, self.cfg = loaded, cfg
+        self.vector = vector
+        self.readings: list[tuple[float, float]] = []
+        asked = [loaded.encode_prompt(prompt.messages) for prompt in prompts[: cfg.prompts]]
+        said = decode(
+            loaded,
+            asked,
+            seeds=[seed_of(cfg.seed, "dose", prompt.id) for prompt in prompts[: cfg.prompts]],
+            sampling=Sampling(max_new_tokens=cfg.max_new_tokens),
+            batch_size=cfg.batch_size,
+        )
+        rows = [(a, one.ids) for a, one in zip(asked, said, strict=True) if one.ids]
+        if not rows:
+            raise ShlError("no probe prompt got an answer", hint="give other PROMPTS")
+        self.batches = [rows[at : at + cfg.batch_size] for at in range(0, len(rows), cfg.batch_size)]
+        self.head = Head.of(loaded)
+        self.head.check(loaded, rows[0][0] + rows[0][1])
+        with torch.inference_mode():
+            self.unsteered = [self._states(batch) for batch in self.batches]
+
+    def _states(self, batch: list[tuple[list[int], list[int]]]) -> Tensor:
+        ids = right_pad([prompt + said for prompt, said in batch], self.loaded.device)
+        row = [k for k, (_, said) in enumerate(batch) for _ in said]
+        column = [len(prompt) + t - 1 for prompt, said in batch for t in range(len(said))]
+        return final_states(self.loaded, ids)[row, column]
+
+    @torch.inference_mode()
+    def kl(self, coeff: float) -> float:
+        """95th percentile over all completion tokens, in nats."""
+        found = []
+        with Steering(self.loaded, self.vector.layers) as steering:
+            steering.set([coeff])
+            for batch, plain in zip(self.batches, self.unsteered, strict=True):
+                targets = torch.tensor([token for _, said in batch for token in said], device=plain.device)
+                found.append(token_losses(self._states(batch), targets, self.head, plain, self.head, "kl_rev")[1])
+        value = float(torch.cat(found).float().quantile(0.95))
+        self.readings.append((coeff, value))
+        return value
+
+
+# --- by survival ---
+
+
+def by_survival(
+    loaded: Loaded,
+    vector: Vector,
+    prompts: Sequence[Prompt],
+    target: float,
+    cfg: DoseConfig | None = None,
+    filter_cfg: FilterConfig | None = None,
+) -> Dose:
+    """The highest coefficient at which a target share of probe completions passes the filter.
+
+    A grid up to the ceiling in ratios of 1.41, all doses in one batch, then a finer one between the last dose that
+    survives and the first that does not. Raises (exit code 3) when even the smallest dose does not survive.
+    """
+    cfg = cfg or DoseConfig()
+    top = ceiling(vector, cfg)
+    readings: dict[float, float] = {}
+    bank: list[dict[str, Any]] = []
+    grid = [top * 2 ** (-k / 2) for k in reversed(range(cfg.grid))]
+    for _ in range(2):
+        shares, survivors = _survival(loaded, vector, prompts, grid, cfg, filter_cfg or FilterConfig())
+        readings |= shares
+        bank += survivors
+        alive = [coeff for coeff in sorted(readings) if readings[coeff] >= target]
+        if not alive:
+            low = min(readings)
+            raise BelowGate(
+                f"at coefficient {low:.3g}, the smallest tried, {readings[low]:.0%} of the completions survive, "
+                f"fewer than {target:.0%}",
+                hint="lower --survival or --ceiling, or look at what shl filter drops",
+            )
+        above = [coeff for coeff in readings if coeff > alive[-1]]
+        if not above:
+            raise ShlError(
+                f"even at coefficient {alive[-1]:.3g}, {cfg.ceiling:g} times the residual stream, "
+                f"{readings[alive[-1]]:.0%} survive",
+                hint="raise --ceiling",
+            )
+        step = (min(above) - alive[-1]) / (cfg.refine + 1)
+        grid = [alive[-1] + step * k for k in range(1, cfg.refine + 1)]
+    return Dose(alive[-1], readings[alive[-1]], sorted(readings.items()), bank)
+
+
+def _survival(
+    loaded: Loaded,
+    vector: Vector,
+    prompts: Sequence[Prompt],
+    grid: Sequence[float],
+    cfg: DoseConfig,
+    filter_cfg: FilterConfig,
+) -> tuple[dict[float, float], list[dict[str, Any]]]:
+    """Share that survives by coefficient, and the survivors."""
+    gen = GenConfig(
+        coeffs=(0.0, *grid),
+        limit=cfg.prompts,
+        max_new_tokens=cfg.max_new_tokens,
+        seed=seed_of(cfg.seed, "dose") % 2**31,
+        batch_size=cfg.batch_size,
+    )
+    judged = list(annotate(generate(loaded, prompts, gen, vector), filter_cfg))
+    shares = {}
+    for coeff in grid:
+        rows = [row for row in judged if row["coeff"] == coeff]
+        shares[coeff] = sum(row["keep"] for row in rows) / len(rows)
+    return shares, [row for row in judged if row["keep"]]
