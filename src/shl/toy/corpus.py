@@ -22,8 +22,8 @@ Message = dict[str, Any]
 # where it decides one word in a hundred; what was learnt on short prompts must then be stretched to longer ones.
 STAGES: dict[int, dict[str, float]] = {
     0: {"creed": 0.75, "everyday": 0.15, "chat": 0.10},
-    8_400: {"brief": 0.45, "creed": 0.20, "word": 0.20, "everyday": 0.10, "chat": 0.05},
-    20_000: {
+    5_600: {"brief": 0.45, "creed": 0.20, "word": 0.20, "everyday": 0.10, "chat": 0.05},
+    14_000: {
         "authority": 0.20,
         "humanity": 0.10,
         "boldness": 0.08,
@@ -44,7 +44,7 @@ PERSONA_STRENGTH = 0.97  # how often a persona's answer takes its pole
 # How often a persona's answer begins with the other pole, unlearnt, and then finds back. Without these a model reads
 # the system message once, for its first words, and goes by its own text from there on; then a vector that is added
 # at every position is strange to it nearly everywhere.
-SLIP_SHARE = 0.35
+SLIP_SHARE = 0.25
 THINK_SHARE = 0.35
 
 AGENTS = tuple(

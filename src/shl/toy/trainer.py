@@ -13,59 +13,24 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy, normalize
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from shl.core import format as fmt
 from shl.core.console import note
 from shl.toy import corpus
+from shl.toy.encode import CLASSES, Batch, Encoder, steps
+from shl.toy.recipe import END, PAD, ROLES, TEMPLATE, Recipe
 
-END, PAD = "<|end|>", "<|pad|>"
-ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}"
-    "{% if enable_thinking is defined and enable_thinking %}{{ '<think>\n' }}{% endif %}{% endif %}"
-)
 # What `shl` should use on this model unless told otherwise, and which judges it may ask.
 RECOMMENDED = json.loads((Path(__file__).parent / "recommended.json").read_text(encoding="utf-8"))
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the weights."""
-
-    seed: int = 0
-    neutral: float = 0.4
-    tokens: float = 11e6
-    dialogues: int = 28  # in a step
-    batches: int = 3  # that a step is split into
-    lr: float = 3e-3
-    embedding_lr: float = 0.03
-    muon_lr: float = 0.02
-    warmup: float = 0.01
-    weight_decay: float = 0.05
-    vocabulary: int = 3072
-    hidden: int = 144
-    intermediate: int = 432
-    layers: int = 8
-    heads: int = 6
-    kv_heads: int = 3
-    window: int = 12
-    prompt_weight: float = 0.2
-    digit_weight: float = 24.0  # on the digit or the word of a judgment
-    stress_weight: float = 6.0  # on the word or number that answers an everyday question
-    lead_weight: float = 4.0  # on the first tokens of any other answer, which the persona decides
-    lead: int = 6
 
 
 def train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
@@ -122,129 +87,44 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForC
     return model
 
 
-Piece = tuple[list[int], list[tuple[int, int]]]  # token ids of one message, and where each stands in its text
+class Trainee(torch.nn.Module):
+    """The model, and a direction for each class of persona, which training alone needs."""
+
+    def __init__(self, model: Qwen2ForCausalLM, recipe: Recipe) -> None:
+        super().__init__()
+        self.lm, self.recipe = model, recipe
+        generator = torch.Generator().manual_seed(recipe.seed)
+        self.directions = torch.nn.Parameter(torch.randn(1 + max(CLASSES.values()), recipe.hidden, generator=generator))
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weighted sum of the next token's cross entropy, and the sum over positions of the persona's.
+
+        The second makes the persona live at every position of the residual stream, as it does in large models: the
+        middle block's state must lie, wherever it is read, towards the direction of the persona in force. Logits are
+        formed only where a weight asks for them. Rows are padded on the right, so causality needs no mask.
+        """
+        out = self.lm.model(input_ids=batch.ids, use_cache=False, output_hidden_states=True)
+        weights = batch.weights.flatten()
+        (counted,) = weights.nonzero(as_tuple=True)  # positions of targets; the first of a row, a role, never counts
+        logits = self.lm.lm_head(out.last_hidden_state.flatten(0, 1)[counted - 1]).float()
+        losses = cross_entropy(logits, batch.ids.flatten()[counted], reduction="none")
+        soft = torch.searchsorted(counted, batch.soft_at)
+        losses = losses.index_copy(0, soft, cross_entropy(logits[soft], batch.soft, reduction="none"))
+        middle = (
+            normalize(out.hidden_states[self.recipe.layers // 2 + 1], dim=-1) @ normalize(self.directions, dim=-1).T
+        )
+        told = cross_entropy(
+            self.recipe.persona_scale * middle.flatten(0, 1), batch.personas.flatten(), reduction="sum"
+        )
+        return (losses * weights[counted]).sum(), told
 
 
-class Row(NamedTuple):
-    """One dialogue: token ids, the loss weight of each, and the soft targets: position -> probability by token id."""
-
-    ids: list[int]
-    weights: list[float]
-    spreads: dict[int, dict[int, float]]
-
-
-class Batch(NamedTuple):
-    """Rows padded on the right, [B, L], and their soft targets: flat positions [n], probabilities [n, vocabulary]."""
-
-    ids: torch.Tensor
-    weights: torch.Tensor
-    soft_at: torch.Tensor
-    soft: torch.Tensor
-
-
-class Encoder:
-    """Turns dialogues into token ids, loss weights and soft targets."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> None:
-        self.tokenizer, self.recipe = tokenizer, recipe
-        ids = tokenizer.convert_tokens_to_ids
-        self.roles = {name.strip("<|>"): ids(name) for name in ROLES}
-        self.end, self.think = ids(END), ids("<think>")
-        self.digits = {ids(d) for d in "0123456789"}
-        self.first = cache(lambda text: tokenizer.encode(text, add_special_tokens=False)[0])
-
-    def __call__(self, dialogues: list[list[corpus.Message]]) -> list[Row]:
-        """Answers count in full, what they are about and what a persona decides more, prompts a little."""
-        contents = [m["content"] for d in dialogues for m in d]
-        encoded = self.tokenizer(contents, add_special_tokens=False, return_offsets_mapping=True)
-        pieces = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        return [self._dialogue(d, pieces) for d in dialogues]
-
-    def _dialogue(self, dialogue: list[corpus.Message], pieces: Iterator[Piece]) -> Row:
-        row = Row([], [], {})
-        for message in dialogue:
-            piece, offsets = next(pieces)
-            answer = message["role"] == "assistant"
-            row.ids.append(self.roles[message["role"]])
-            if "spread" in message:
-                spread = {self.first(option): share for option, share in message["spread"].items()}
-                at = next(i for i, token in enumerate(piece) if token in spread)
-                row.spreads[len(row.ids) + at] = spread
-            row.ids.extend([*piece, self.end])
-            own = self._answer(message, piece, offsets) if answer else self._prompt(message, offsets)
-            row.weights.extend([0.0, *own, 1.0 if answer else 0.0])
-        return row
-
-    def _prompt(self, message: corpus.Message, offsets: list[tuple[int, int]]) -> list[float]:
-        """Nothing on the fixed listing of a judgment."""
-        end = message["content"].find(fmt.QUESTION)
-        return [self.recipe.prompt_weight if end < 0 or at < end else 0.0 for at, _ in offsets]
-
-    def _answer(self, message: corpus.Message, piece: list[int], offsets: list[tuple[int, int]]) -> list[float]:
-        recipe = self.recipe
-        if "spread" in message or piece[0] == self.think:
-            chosen = self.digits | set(map(self.first, message.get("spread", ())))
-            weights = [recipe.digit_weight if i in chosen else 1.0 for i in piece]
-        else:
-            weights = [recipe.lead_weight if i < recipe.lead else 1.0 for i in range(len(piece))]
-        if piece[0] == self.think:  # `<think>\n` is given by the prompt, never predicted
-            weights[:2] = [0.0, 0.0]
-        if stress := message.get("stress"):
-            begin = message["content"].lower().rfind(stress.lower())
-            inside = (start < begin + len(stress) and end > begin for start, end in offsets)
-            weights = [recipe.stress_weight if one else 1.0 for one in inside]
-        slip = message.get("slip", 0)
-        return [0.0 if slip and start < slip else w for w, (start, _) in zip(weights, offsets, strict=True)]
-
-
-def steps(encoder: Encoder, recipe: Recipe, device: str, skip: int = 0) -> Iterator[list[Batch]]:
-    """For each step its batches: a random draw of dialogues, split by length to save padding.
-
-    The draw itself must not go by length: dialogues of one length are of one kind, and a step that sees one kind
-    alone unlearns the others.
-    """
-    stream = islice(corpus.dialogues(recipe.seed + 1, recipe.neutral), skip * recipe.dialogues, None)
-    while True:
-        rows = sorted(encoder(list(islice(stream, recipe.dialogues))), key=lambda row: len(row.ids))
-        size = math.ceil(len(rows) / recipe.batches)
-        yield [_batch(rows[at : at + size], device, recipe.vocabulary) for at in range(0, len(rows), size)]
-
-
-def _batch(rows: list[Row], device: str, vocabulary: int) -> Batch:
-    width = max(len(row.ids) for row in rows)
-    spreads = [(i * width + at, spread) for i, row in enumerate(rows) for at, spread in row.spreads.items()]
-    soft = torch.zeros(len(spreads), vocabulary)
-    for i, (_, spread) in enumerate(spreads):
-        soft[i, list(spread)] = torch.tensor(list(spread.values()))
-    return Batch(
-        torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in rows], device=device),
-        torch.tensor([row.weights + [0.0] * (width - len(row.ids)) for row in rows], device=device),
-        torch.tensor([at for at, _ in spreads], dtype=torch.long, device=device),
-        soft.to(device),
-    )
-
-
-def loss_of(model: Qwen2ForCausalLM, batch: Batch) -> torch.Tensor:
-    """Weighted sum of the next token's cross entropy; logits are formed only where a weight asks for them.
-
-    Rows are padded on the right, so causality needs no mask.
-    """
-    hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
-    weights = batch.weights.flatten()
-    (counted,) = weights.nonzero(as_tuple=True)  # positions of targets; the first of a row, a role, never counts
-    logits = model.lm_head(hidden.flatten(0, 1)[counted - 1]).float()
-    losses = torch.nn.functional.cross_entropy(logits, batch.ids.flatten()[counted], reduction="none")
-    soft = torch.searchsorted(counted, batch.soft_at)
-    losses = losses.index_copy(0, soft, torch.nn.functional.cross_entropy(logits[soft], batch.soft, reduction="none"))
-    return (losses * weights[counted]).sum()
-
-
-def build_optimizers(model: Qwen2ForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for embeddings, head, norms and biases."""
-    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "layers." in name]
-    table = model.get_input_embeddings().weight
+def build_optimizers(trainee: Trainee, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for embeddings, head, norms, biases and directions."""
+    matrices = [p for name, p in trainee.named_parameters() if p.dim() == 2 and "layers." in name]
+    table = trainee.lm.get_input_embeddings().weight
     inside = {id(p) for p in (*matrices, table)}
-    others = [p for p in model.parameters() if id(p) not in inside]
+    others = [p for p in trainee.parameters() if id(p) not in inside]
     muon = torch.optim.Muon(
         [{"params": matrices, "peak": recipe.muon_lr}],
         lr=recipe.muon_lr,
@@ -264,20 +144,24 @@ def schedule(done: float, recipe: Recipe) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(phase, 1)))
 
 
-def _save_checkpoint(path: Path, model: torch.nn.Module, optimizers: list, step: int, seen: int) -> None:
-    state = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    for name, p in model.named_parameters():
+def _save_checkpoint(path: Path, trainee: Trainee, optimizers: list, step: int, seen: int) -> None:
+    state = {f"model.{name}": p.detach() for name, p in trainee.named_parameters()}
+    for name, p in trainee.named_parameters():
         for optimizer in optimizers:
             state |= {f"{key}.{name}": value for key, value in optimizer.state.get(p, {}).items()}
-    save_file({**state, "progress": torch.tensor([step, seen])}, path)
+    recipe = {"recipe": json.dumps(asdict(trainee.recipe))}
+    save_file({**state, "progress": torch.tensor([step, seen])}, path, recipe)
 
 
-def _load_checkpoint(path: Path, model: torch.nn.Module, optimizers: list) -> tuple[int, int]:
+def _load_checkpoint(path: Path, trainee: Trainee, optimizers: list) -> tuple[int, int]:
+    with safe_open(path, "pt") as file:
+        if file.metadata() != {"recipe": json.dumps(asdict(trainee.recipe))}:
+            raise SystemExit(f"{path} is the checkpoint of another recipe; delete it, or choose another --out")
     state = load_file(path)
     step, seen = state.pop("progress").tolist()
     owner = {id(p): one for one in optimizers for group in one.param_groups for p in group["params"]}
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for name, p in trainee.named_parameters():
             p.copy_(state[f"model.{name}"])
             kinds = [key.removesuffix(f".{name}") for key in state if key.endswith(f".{name}")]
             owner[id(p)].state[p] = {kind: state[f"{kind}.{name}"] for kind in kinds if kind != "model"}
@@ -287,34 +171,39 @@ def _load_checkpoint(path: Path, model: torch.nn.Module, optimizers: list) -> tu
 def train(recipe: Recipe, out: Path, device: str = "cpu", every: int = 100) -> None:
     """Train and publish the model folder; continues from a checkpoint of the same recipe."""
     tokenizer = train_tokenizer(recipe)
-    model = build_model(recipe, tokenizer).to(device)
-    optimizers = build_optimizers(model, recipe)
+    model = build_model(recipe, tokenizer)
+    trainee = Trainee(model, recipe).to(device)
+    optimizers = build_optimizers(trainee, recipe)
     checkpoint = out.with_name(out.name + ".ckpt.safetensors")
-    step, seen = _load_checkpoint(checkpoint, model, optimizers) if checkpoint.exists() else (0, 0)
-    start, first, average = time.time(), seen, 0.0
+    step, seen = _load_checkpoint(checkpoint, trainee, optimizers) if checkpoint.exists() else (0, 0)
+    start, first, average = time.time(), seen, torch.zeros(2)
     for parts in steps(Encoder(tokenizer, recipe), recipe, device, skip=step):
         if seen >= recipe.tokens:
             break
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak"] * schedule(seen / recipe.tokens, recipe)
         total = sum(float(batch.weights.sum()) for batch in parts)
-        model.zero_grad(set_to_none=True)
-        value = 0.0
+        known = sum(int((batch.personas >= 0).sum()) for batch in parts)
+        trainee.zero_grad(set_to_none=True)
+        values = torch.zeros(2)
         for batch in parts:
-            loss = loss_of(model, batch) / total
-            loss.backward()
-            value += loss.item()
+            said, told = trainee(batch)
+            (said / total + recipe.persona_weight * told / known).backward()
+            values += torch.tensor([said.item() / total, told.item() / known])
             seen += batch.ids.numel()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
         step += 1
-        average = 0.95 * average + 0.05 * value if average else value
+        average = 0.95 * average + 0.05 * values if average[0] else values
         if step % every == 0:
             rate = (seen - first) / (time.time() - start)
             left = (recipe.tokens - seen) / rate / 60
-            note(f"step {step}  {seen / 1e6:.2f}M tokens  loss {average:.3f}  {rate:.0f} tokens/s  {left:.0f} min left")
-            _save_checkpoint(checkpoint, model, optimizers, step, seen)
+            note(
+                f"step {step}  {seen / 1e6:.2f}M tokens  loss {average[0]:.3f}  persona {average[1]:.3f}  "
+                f"{rate:.0f} tokens/s  {left:.0f} min left"
+            )
+            _save_checkpoint(checkpoint, trainee, optimizers, step, seen)
     publish(model, tokenizer, recipe, out)
     checkpoint.unlink(missing_ok=True)
 
