@@ -1,0 +1,119 @@
+"""A steering vector as a GGUF control vector, the file that llama.cpp and repeng read, and back.
+
+In both formats a direction belongs to a 0-based block and is added to that block's output at every position. GGUF
+carries no coefficient, so it is multiplied in, and no direction for block 0.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shl import __version__
+from shl.core.console import warn
+from shl.core.errors import InputError, ShlError
+from shl.core.files import refuse_existing
+from shl.core.vectors import Vector
+
+ARCHITECTURE = "controlvector"
+_NAME = re.compile(r"direction\.([0-9]+)")
+
+
+def to_gguf(
+    vector: Vector, out: Path | str, model_type: str, coeff: float = 1.0, *, drop_block_0: bool = False,
+    force: bool = False,
+) -> list[int]:  # fmt: skip
+    """Write coeff * vector; returns the blocks written. `model_type` is the model's own, as in its config.json."""
+    gguf = _library()
+    layers = dict(vector.layers)
+    if 0 in layers and not drop_block_0:
+        raise ShlError(
+            "the vector steers block 0, for which a GGUF control vector has no place",
+            hint="leave that block out with --drop-block-0, or make the vector with other --layers",
+        )
+    layers.pop(0, None)
+    if not layers:
+        raise ShlError("no block is left to export", hint="make the vector with other --layers")
+    refuse_existing(out, force)
+    target = Path(out)
+    temporary = target.with_name(f".{target.name}.tmp")
+    writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
+    try:
+        writer.add_string(f"{ARCHITECTURE}.model_hint", model_type)
+        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(layers))
+        for layer, direction in sorted(layers.items()):
+            writer.add_tensor(f"direction.{layer}", (coeff * direction.double()).float().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return sorted(layers)
+
+
+def from_gguf(path: Path | str, model: str | None = None) -> Vector:
+    """Read a control vector. It says neither for which model nor with which template it was made.
+
+    Files of llama.cpp's cvector-generator are shifted by one block and of length one; nothing in a file tells, so
+    nothing is corrected here.
+    """
+    gguf = _library()
+    if not Path(path).is_file():
+        raise InputError("there is no such file", where=str(path))
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, OSError, KeyError) as error:
+        raise InputError(f"is not a GGUF file ({error})", where=str(path)) from None
+    kind = reader.get_field("general.architecture")
+    if kind is None or kind.contents() != ARCHITECTURE:
+        raise InputError("is GGUF but not a control vector", where=str(path))
+    layers = {_block(one.name, path): _direction(one, path) for one in reader.tensors}
+    if not layers:
+        raise InputError("holds no direction", where=str(path))
+    if len({len(direction) for direction in layers.values()}) > 1:
+        raise InputError("holds directions of different lengths", where=str(path))
+    hint = reader.get_field(f"{ARCHITECTURE}.model_hint")
+    warn("a GGUF control vector names no model revision, chain or template, so none can be checked")
+    meta = {
+        "method": "gguf",
+        "layers": sorted(layers),
+        "model_type": hint.contents() if hint is not None else None,
+        **({"model": model} if model else {}),
+        "version": __version__,
+    }
+    vector = Vector(dict(sorted(layers.items())), meta)
+    vector.meta["norms"] = {str(layer): norm for layer, norm in vector.norms.items()}
+    return vector
+
+
+def _block(name: str, path: Path | str) -> int:
+    match = _NAME.fullmatch(name)
+    if not match:
+        raise InputError("is not direction.N", where=f"{path}: tensor {name}")
+    return int(match[1])
+
+
+def _direction(tensor: Any, path: Path | str) -> torch.Tensor:
+    values = np.array(tensor.data)
+    if values.dtype != np.float32 or values.ndim != 1:
+        shape = "x".join(map(str, values.shape))
+        raise InputError(
+            f"is {values.dtype} of shape {shape}, not a float32 row", where=f"{path}: tensor {tensor.name}"
+        )
+    if not np.isfinite(values).all():
+        raise InputError("holds values that are not finite", where=f"{path}: tensor {tensor.name}")
+    return torch.from_numpy(values.copy())
+
+
+def _library() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise ShlError("GGUF files need the package gguf", hint="pip install 'shl[gguf]'") from None
+    return gguf
