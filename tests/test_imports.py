@@ -16,7 +16,7 @@ TOOLS = {"dose": {"gen", "filter"}, "info": {"results"}, "plot": {"results"}}  #
 HEAVY = {"torch", "transformers", "peft", "safetensors", "accelerate", "matplotlib"}
 LIGHT_CORE = {"console", "defaults", "errors", "files", "format", "locate", "pools", "provenance", "records", "seeds",
               "text", "where"}  # fmt: skip
-LIGHT_STEPS = {"filter", "info", "plot", "results", "__init__", "__main__"}
+LIGHT_STEPS = {"filter", "info", "new", "plot", "results", "__init__", "__main__"}
 
 
 def imports(node: ast.AST, inside_function: bool = False) -> Iterator[tuple[str, bool]]:

@@ -11,7 +11,21 @@ import pytest
 from shl import cli
 from shl.core import defaults
 
-COMMANDS = ["vector", "gen", "filter", "train", "bake", "eval", "dose", "score", "results", "plot", "info", "export"]
+COMMANDS = [
+    "vector",
+    "gen",
+    "filter",
+    "train",
+    "bake",
+    "eval",
+    "dose",
+    "score",
+    "results",
+    "plot",
+    "info",
+    "export",
+    "new",
+]
 HEAVY = {"torch", "transformers", "peft", "safetensors", "matplotlib", "numpy", "accelerate"}
 
 PROBE = """

@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from shl import __version__
-from shl.cli import bake, dose, eval, export, filter, gen, info, plot, results, score, train, vector
+from shl.cli import bake, dose, eval, export, filter, gen, info, new, plot, results, score, train, vector
 from shl.core.console import say
 from shl.core.errors import ShlError
 
@@ -24,7 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for _step in (vector, gen, filter, train, bake, eval, dose, score, results, plot, info, export):
+for _step in (vector, gen, filter, train, bake, eval, dose, score, results, plot, info, export, new):
     app.command(name=_step.NAME, epilog=_step.EXAMPLES, no_args_is_help=_step.NEEDS_ARGUMENTS)(_step.command)
 
 

@@ -1,0 +1,77 @@
+"""A run folder: make plans every step of every arm in order, resumes, and is the loop that examples/Makefile runs."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from shl.core.errors import ShlError
+from shl.core.records import read_prompts
+from shl.new import create
+
+ROOT = Path(__file__).parent.parent
+make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+
+
+def plan(*argv: str, cwd: Path) -> list[str]:
+    """The commands that make would run."""
+    done = subprocess.run(["make", "-n", *argv], cwd=cwd, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return re.findall(r"^shl .*$", done.stdout, re.MULTILINE)
+
+
+def test_the_folder_is_complete_and_never_replaced(tmp_path):
+    names = create(tmp_path / "run", "humanity", "google/gemma-3-4b-it", 3)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == sorted(names)
+    text = (tmp_path / "run/Makefile").read_text(encoding="utf-8")
+    assert (
+        "MODEL   ?= google/gemma-3-4b-it\n" in text
+        and "AXIS    ?= humanity\n" in text
+        and "@" not in text.split("SHELL")[0]
+    )
+    assert len(read_prompts(tmp_path / "run/prompts.jsonl")) == 128
+    with pytest.raises(ShlError):
+        create(tmp_path / "run")
+
+
+def test_what_would_break_the_makefile_is_refused(tmp_path):
+    for wrong in ({"persona": "nobody"}, {"model": "a$(shell id)"}, {"model": "a\nall: x"}, {"rounds": 0}):
+        with pytest.raises(ShlError):
+            create(tmp_path / "run", **wrong)
+    assert not (tmp_path / "run").exists()
+
+
+@make
+def test_make_runs_every_step_of_every_arm(tmp_path):
+    create(tmp_path / "run", rounds=2)
+    lines = plan(cwd=tmp_path / "run")
+    steps = [line.split()[1] for line in lines]
+    counts = {step: steps.count(step) for step in set(steps)}
+    assert counts == {"vector": 4, "gen": 4, "filter": 4, "train": 4, "eval": 2 + 8, "plot": 1}
+    assert steps[-1] == "plot"
+    later = [line for line in lines if "/r1/" in line and line.split()[1] in ("vector", "train")]
+    assert later and all("--adapter ./" in line and "/r0/adapter" in line for line in later)
+    assert sum("--reg nll" in line for line in lines) == 2
+    assert len(plan("ROUNDS=5", "ARMS=plain", cwd=tmp_path / "run")) == 2 + 5 * 6 + 1
+
+
+@make
+def test_make_does_only_what_is_left(tmp_path):
+    create(tmp_path / "run", rounds=1)
+    for name in ("base.json", "prompted.json", "healed/r0/v.safetensors", "healed/r0/completions.jsonl"):
+        path = tmp_path / "run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    steps = [line.split()[1] for line in plan("ARMS=healed", cwd=tmp_path / "run")]
+    assert steps == ["filter", "train", "eval", "eval", "plot"] or steps == ["filter", "eval", "train", "eval", "plot"]
+
+
+@make
+def test_the_example_is_the_same_loop(tmp_path):
+    create(tmp_path / "run")
+    ours = plan(cwd=tmp_path / "run")
+    theirs = plan("-f", str(ROOT / "examples/Makefile"), "RUN=.", "LEDGER=./results.tsv", cwd=tmp_path / "run")
+    strip = re.compile(r"\S*(prompts|authority)\.jsonl")
+    assert [strip.sub("P", line) for line in theirs] == [strip.sub("P", line) for line in ours]
