@@ -85,11 +85,12 @@ def generate(
         "adapters": loaded.adapters,
         "vector": None if vector is None else vector.digest,
     }
-    skipped = start // cfg.block * cfg.block
+    size = cfg.block or cfg.batch_size
+    skipped = start // size * size
     todo = islice(rows(prompts, cfg, coeffs), skipped, None)
     total = count(len(prompts), cfg, vector is not None)
     with progress("generating", max(0, total - skipped)) as bar:
-        while block := list(islice(todo, cfg.block)):
+        while block := list(islice(todo, size)):
             done = _decode(loaded, block, cfg, vector, lambda i, completion: bar.advance())
             texts = [completion.text for completion in done]
             scores = score(loaded, [row.messages for row in block], texts, cfg.batch_size) if cfg.score else None

@@ -38,7 +38,8 @@ class GenConfig:
     score: bool = True
     seed: int = 0
     batch_size: int = 64
-    block: int = 256  # records decoded together; rows enter and leave a running batch only within a block
+    # Records decoded before the first of them is written; a resumed run repeats its block. None: the batch size.
+    block: int | None = None
     shared_noise: bool = False  # evaluation texts: the row's seed leaves out coefficient, arm and round
 
 
