@@ -41,7 +41,7 @@ class Loop:
         self.persona = shl.persona(args.persona)
         advice = find(args.model).recommended
         self.vector = shl.configure(shl.VectorConfig, "vector", advice, seed=args.seed)
-        self.gen = shl.configure(shl.GenConfig, "gen", advice, limit=args.prompts)
+        self.gen = shl.configure(shl.GenConfig, "gen", advice, limit=args.prompts, coeffs=tuple(args.coeff))
         self.filter = shl.FilterConfig()
         self.train = {
             arm: shl.configure(shl.TrainConfig, "train", advice, seed=args.seed, **ARMS[arm]) for arm in args.arms
@@ -154,7 +154,14 @@ def options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="toy")
-    parser.add_argument("--persona", default="authority", help="a bundled persona")
+    parser.add_argument("--persona", default="principle", help="a bundled persona")
+    parser.add_argument(
+        "--coeff",
+        type=float,
+        nargs="+",
+        default=[0, 0.75, 1, 1.25],
+        help="doses, chosen for `principle` on the dev split; a persona with two sides makes a vector twice as long",
+    )
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=32, help="prompts a round, each at every coefficient")
