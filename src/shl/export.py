@@ -7,6 +7,7 @@ carries no coefficient, so it is multiplied in, and no direction for block 0.
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from shl import __version__
 from shl.core.console import warn
 from shl.core.errors import InputError, ShlError
-from shl.core.files import refuse_existing
+from shl.core.files import atomic_file, refuse_existing
 from shl.core.vectors import Vector
 
 ARCHITECTURE = "controlvector"
@@ -39,10 +40,9 @@ def to_gguf(
     if not layers:
         raise ShlError("no block is left to export", hint="make the vector with other --layers")
     refuse_existing(out, force)
-    target = Path(out)
-    temporary = target.with_name(f".{target.name}.tmp")
-    writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
-    try:
+    with tempfile.TemporaryDirectory() as folder:  # the package writes to a path only
+        path = Path(folder) / "v.gguf"
+        writer = gguf.GGUFWriter(path, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", model_type)
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(layers))
         for layer, direction in sorted(layers.items()):
@@ -51,9 +51,8 @@ def to_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with atomic_file(out, force, mode="wb") as handle:
+            handle.write(path.read_bytes())
     return sorted(layers)
 
 
