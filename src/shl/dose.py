@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from shl.core.batches import right_pad
 from shl.core.console import progress
 from shl.core.decode import Sampling, decode
 from shl.core.defaults import DoseConfig, FilterConfig, GenConfig
 from shl.core.errors import BelowGate, ShlError
-from shl.core.heal_loss import Head, final_states, token_losses
+from shl.core.heal_loss import Head, completion_states, token_losses
 from shl.core.hooks import Steering
 from shl.core.models import Loaded
 from shl.core.records import Prompt
@@ -94,13 +92,7 @@ class _Probe:
         self.head = Head.of(loaded)
         self.head.check(loaded, rows[0][0] + rows[0][1])
         with torch.inference_mode():
-            self.unsteered = [self._states(batch) for batch in self.batches]
-
-    def _states(self, batch: list[tuple[list[int], list[int]]]) -> Tensor:
-        ids = right_pad([prompt + said for prompt, said in batch], self.loaded.device)
-        row = [k for k, (_, said) in enumerate(batch) for _ in said]
-        column = [len(prompt) + t - 1 for prompt, said in batch for t in range(len(said))]
-        return final_states(self.loaded, ids)[row, column]
+            self.unsteered = [completion_states(loaded, batch)[0] for batch in self.batches]
 
     @torch.inference_mode()
     def kl(self, coeff: float) -> float:
@@ -109,8 +101,8 @@ class _Probe:
         with Steering(self.loaded, self.vector.layers) as steering:
             steering.set([coeff])
             for batch, plain in zip(self.batches, self.unsteered, strict=True):
-                targets = torch.tensor([token for _, said in batch for token in said], device=plain.device)
-                found.append(token_losses(self._states(batch), targets, self.head, plain, self.head, "kl_rev")[1])
+                steered, targets = completion_states(self.loaded, batch)
+                found.append(token_losses(steered, targets, self.head, plain, self.head, "kl_rev")[1])
         value = float(torch.cat(found).float().quantile(0.95))
         self.readings.append((coeff, value))
         return value

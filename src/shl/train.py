@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from shl.core import console
-from shl.core.batches import right_pad
 from shl.core.defaults import TrainConfig
 from shl.core.errors import ShlError
 from shl.core.files import atomic_dir, refuse_existing
 from shl.core.heal_data import Example, batches, encode, select, split
 from shl.core.heal_log import Epoch, mean, quantiles, report, total_norm
-from shl.core.heal_loss import AGGS, REGS, Head, Losses, combine, final_states, token_losses
+from shl.core.heal_loss import AGGS, REGS, Head, Losses, combine, completion_states, token_losses
 from shl.core.lora import Lora, injected, target_modules
 from shl.core.models import Loaded
 from shl.core.peft_dir import peft_config, write_adapter
@@ -138,12 +137,7 @@ class _Run:
 
     def _states(self, chosen: Sequence[Example]) -> tuple[Tensor, Tensor]:
         """Hidden states that predict the completion tokens, one after the other, and those tokens."""
-        ids = right_pad([one.prompt + one.completion for one in chosen], self.loaded.device)
-        hidden = final_states(self.loaded, ids)
-        row = [k for k, one in enumerate(chosen) for _ in one.completion]
-        column = [len(one.prompt) + t for one in chosen for t in range(len(one.completion))]
-        where = torch.tensor([row, column], device=ids.device)
-        return hidden[where[0], where[1] - 1], ids[where[0], where[1]]
+        return completion_states(self.loaded, [(one.prompt, one.completion) for one in chosen])
 
     def _tokens(self, chosen: Sequence[Example], divergence: bool) -> tuple[Tensor, Tensor]:
         """nll and KL of each completion token of a batch."""

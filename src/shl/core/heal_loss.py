@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from shl.core.batches import right_pad
 from shl.core.errors import ShlError
 from shl.core.models import Loaded
 
@@ -68,6 +69,16 @@ class Head:
 def final_states(loaded: Loaded, ids: Tensor) -> Tensor:
     """Hidden states behind the last norm, for rows padded on the right."""
     return loaded.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def completion_states(loaded: Loaded, rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+    """For (prompt, completion) rows: the states that predict the completion tokens, row after row, and those tokens."""
+    ids = right_pad([prompt + completion for prompt, completion in rows], loaded.device)
+    hidden = final_states(loaded, ids)
+    row = [k for k, (_, completion) in enumerate(rows) for _ in completion]
+    column = [len(prompt) + t for prompt, completion in rows for t in range(len(completion))]
+    where = torch.tensor([row, column], device=ids.device)
+    return hidden[where[0], where[1] - 1], ids[where[0], where[1]]
 
 
 class _TokenLosses(torch.autograd.Function):
