@@ -72,7 +72,7 @@ def test_switches_turn_tests_off() -> None:
 
 
 def test_relative_limits_follow_the_controls_seen_so_far() -> None:
-    cfg = FilterConfig(max_similarity=None)  # 4 x p90 of the whole, 6 x p90 of the tail
+    cfg = FilterConfig(max_similarity=None, rel_nats=None)  # 4 x p90 of the whole, 6 x p90 of the tail
     rows = [
         record("a/0/0", 0.0, ppl=2.0, ppl_tail=2.0),
         record("a/1/0", 1.0, ppl=7.8),
@@ -83,6 +83,15 @@ def test_relative_limits_follow_the_controls_seen_so_far() -> None:
     ]
     reasons = [row["reasons"] for row in annotate(rows, cfg, persona_texts=[])]
     assert reasons == [["control"], [], ["ppl_high"], ["tail_ppl"], ["control"], []]
+
+
+def test_of_two_relative_limits_the_stricter_holds() -> None:
+    def dropped(usual: float, ppl: float) -> bool:
+        base = Baseline([record(coeff=0.0, ppl=usual, ppl_tail=usual)])
+        return "ppl_high" in judge(record(ppl=ppl), FilterConfig(), base, [])
+
+    assert [dropped(1.2, 1.4), dropped(1.2, 1.5)] == [False, True]  # twice ln 1.2 is ln 1.44
+    assert [dropped(10.0, 39.0), dropped(10.0, 41.0)] == [False, True]  # four times 10 is less than 10 squared
 
 
 def test_a_given_baseline_is_not_moved_by_the_stream() -> None:

@@ -141,8 +141,8 @@ def _surprise(record: Record, cfg: FilterConfig, baseline: Baseline | None) -> d
     if record["n_tokens"] == 0:
         return {}
     controls = baseline or Baseline()
-    high = _limit("max_ppl", cfg.max_ppl, cfg.rel_ppl, controls.ppl)
-    tail = _limit("max_tail_ppl", cfg.max_tail_ppl, cfg.rel_tail_ppl, controls.ppl_tail)
+    high = _limit("max_ppl", cfg.max_ppl, cfg.rel_ppl, cfg.rel_nats, controls.ppl)
+    tail = _limit("max_tail_ppl", cfg.max_tail_ppl, cfg.rel_tail_ppl, cfg.rel_nats, controls.ppl_tail)
     return {
         "ppl_high": high is not None and _score(record, "ppl") > high,
         "ppl_low": cfg.min_ppl is not None and _score(record, "ppl") < cfg.min_ppl,
@@ -150,8 +150,10 @@ def _surprise(record: Record, cfg: FilterConfig, baseline: Baseline | None) -> d
     }
 
 
-def _limit(name: str, absolute: float | None, relative: float | None, controls: Quantile) -> float | None:
-    """The limit in force: the absolute one when given, else the multiple of the controls, else none."""
+def _limit(
+    name: str, absolute: float | None, relative: float | None, nats: float | None, controls: Quantile
+) -> float | None:
+    """The limit in force: the absolute one when given, else the stricter multiple of the controls, else none."""
     if absolute is not None or relative is None:
         return absolute
     if controls.n == 0:
@@ -160,7 +162,8 @@ def _limit(name: str, absolute: float | None, relative: float | None, controls: 
             f"{flag} is relative to control rows (coefficient 0), and none has been read yet",
             hint=f"generate them (shl gen --coeff 0,...), or give --baseline FILE, or {flag} NUMBER",
         )
-    return relative * controls.at(0.9)
+    usual = controls.at(0.9)
+    return min(relative * usual, math.inf if nats is None else usual**nats)
 
 
 def _score(record: Record, name: str) -> float:

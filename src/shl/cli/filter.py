@@ -63,6 +63,10 @@ def command(
     rel_tail_ppl: Annotated[
         str | None, Option(**_LIMIT, help=f"The same for the tail, or none. [{FilterConfig.rel_tail_ppl:g}]")
     ] = None,
+    rel_nats: Annotated[
+        str | None,
+        Option(**_LIMIT, help=f"Both in nats per token, or none; the stricter holds. [{FilterConfig.rel_nats:g}]"),
+    ] = None,
     max_rep: Annotated[
         str | None, Option(**_LIMIT, help=f"Largest repeated share, or none. [{FilterConfig.max_rep:g}]")
     ] = None,
@@ -98,7 +102,8 @@ def command(
     flags = {
         "max_ppl": limit(max_ppl, "--max-ppl"), "min_ppl": limit(min_ppl, "--min-ppl"),
         "max_tail_ppl": limit(max_tail_ppl, "--max-tail-ppl"), "rel_ppl": limit(rel_ppl, "--rel-ppl"),
-        "rel_tail_ppl": limit(rel_tail_ppl, "--rel-tail-ppl"), "max_rep": limit(max_rep, "--max-rep"),
+        "rel_tail_ppl": limit(rel_tail_ppl, "--rel-tail-ppl"), "rel_nats": limit(rel_nats, "--rel-nats"),
+        "max_rep": limit(max_rep, "--max-rep"),
         "max_similarity": limit(max_similarity, "--max-similarity"), "min_tokens": min_tokens,
         "allow_narration": allow_narration, "allow_refusal": allow_refusal, "keep_controls": keep_controls,
         "window": window, "min_keep": min_keep, "limit": stop, "where": tuple(where) if where else None,

@@ -65,6 +65,8 @@ class FilterConfig:
     max_tail_ppl: float | None = None
     rel_ppl: float | None = 4.0  # limit as a multiple of the control rows' 90th percentile
     rel_tail_ppl: float | None = 6.0
+    # The same limits in nats per token; the stricter holds. Four times a perplexity of 1.2 is no longer fluent.
+    rel_nats: float | None = 2.0
     max_rep: float | None = 0.3
     min_tokens: int = 8
     allow_narration: bool = False
