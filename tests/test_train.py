@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from shl.core import heal_loss
 from shl.core.adapters import read_adapter, resolve_chain
 from shl.core.defaults import TrainConfig
 from shl.core.errors import ShlError
+from shl.core.head import Head, final_states
 from shl.core.heal_data import batches, encode, select, split
-from shl.core.heal_loss import AGGS, Head, aggregate, combine, token_losses
+from shl.core.heal_loss import AGGS, aggregate, combine, token_losses
 from shl.core.lora import injected, target_modules
 from shl.core.models import load
 from shl.core.peft_dir import WEIGHTS, peft_config
@@ -125,9 +125,9 @@ def test_divergence_is_zero_and_its_gradient_finite_at_step_zero(tiny, agg):
     modules = target_modules(loaded, "0:1")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        ref = heal_loss.final_states(loaded, ids)[0, :-1]
+        ref = final_states(loaded, ids)[0, :-1]
     with injected(loaded, peft_config("m", modules, 4, 8), generator) as lora:
-        hidden = heal_loss.final_states(loaded, ids)[0, :-1]
+        hidden = final_states(loaded, ids)[0, :-1]
         nll, kl = token_losses(hidden, ids[0, 1:], head, ref, head, "kl_rev")
         assert float(kl.detach().abs().max()) < 1e-6
         parts = combine(nll, kl, [len(nll)], "kl_rev", agg, 1.0, -1.0)  # a negative tau keeps the hinge open

@@ -12,7 +12,8 @@ from shl.core.console import progress
 from shl.core.decode import Sampling, decode
 from shl.core.defaults import DoseConfig, FilterConfig, GenConfig
 from shl.core.errors import BelowGate, ShlError
-from shl.core.heal_loss import Head, completion_states, token_losses
+from shl.core.head import Head, completion_states
+from shl.core.heal_loss import token_losses
 from shl.core.hooks import Steering
 from shl.core.models import Loaded
 from shl.core.records import Prompt

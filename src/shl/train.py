@@ -18,9 +18,10 @@ from shl.core import console
 from shl.core.defaults import TrainConfig
 from shl.core.errors import ShlError
 from shl.core.files import atomic_dir, refuse_existing
+from shl.core.head import Head, completion_states
 from shl.core.heal_data import Example, batches, encode, select, split
 from shl.core.heal_log import Epoch, mean, quantiles, report, total_norm
-from shl.core.heal_loss import AGGS, REGS, Head, Losses, combine, completion_states, token_losses
+from shl.core.heal_loss import AGGS, REGS, Losses, combine, token_losses
 from shl.core.lora import Lora, injected, target_modules
 from shl.core.models import Loaded
 from shl.core.peft_dir import peft_config, write_adapter

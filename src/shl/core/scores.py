@@ -9,26 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shl.core.batches import right_pad
-from shl.core.errors import ShlError
+from shl.core.head import Head, completion_states
 from shl.core.models import Loaded
 
 _CHUNK = 1 << 25  # most logits held at once, in numbers: 128 MiB in float32
 TAIL_SHARE = 0.25
 TAIL_MIN = 8
-
-
-def head(loaded: Loaded, hidden: Tensor) -> Tensor:
-    """Logits in float32 of final hidden states [n, hidden], as the model's own forward pass makes them."""
-    values = loaded.text_config.to_dict()
-    logits = loaded.model.get_output_embeddings()(hidden).float()
-    if values.get("logits_scaling"):
-        logits = logits / values["logits_scaling"]
-    if values.get("logit_scale"):
-        logits = logits * values["logit_scale"]
-    if cap := values.get("final_logit_softcapping"):
-        logits = torch.tanh(logits / cap) * cap
-    return logits
 
 
 def nll_per_token(
@@ -50,40 +36,15 @@ def nll_per_token(
 
 
 def _batch(loaded: Loaded, rows: list[tuple[list[int], list[int]]]) -> list[Tensor]:
-    ids = right_pad([prompt + completion for prompt, completion in rows], loaded.device)
-    body = loaded.model.base_model
-    hidden = body(input_ids=ids, use_cache=False).last_hidden_state
-    # the token at column t is predicted by the state at column t - 1
-    row_of = [k for k, (_, completion) in enumerate(rows) for _ in completion]
-    column = [len(prompt) + t for prompt, completion in rows for t in range(len(completion))]
-    where = torch.tensor([row_of, column], device=hidden.device)
-    _check_head(loaded, ids, hidden)
-    nll = _surprise(loaded, hidden[where[0], where[1] - 1], ids[where[0], where[1]])
-    return list(nll.cpu().split([len(completion) for _, completion in rows]))
-
-
-def _surprise(loaded: Loaded, hidden: Tensor, targets: Tensor) -> Tensor:
-    """-log p(target) for each state, a chunk of positions at a time."""
+    head = Head.of(loaded)
+    head.check(loaded, rows[0][0] + rows[0][1])
+    hidden, targets = completion_states(loaded, rows)
     size = max(1, _CHUNK // loaded.text_config.vocab_size)
     parts = []
     for states, wanted in zip(hidden.split(size), targets.split(size), strict=True):
-        logits = head(loaded, states)
+        logits = head.logits(states)
         parts.append(logits.logsumexp(-1) - logits.gather(-1, wanted[:, None]).squeeze(-1))
-    return torch.cat(parts)
-
-
-def _check_head(loaded: Loaded, ids: Tensor, hidden: Tensor) -> None:
-    """Once for each model: the head as applied here gives what the whole model gives."""
-    if loaded.head_checked:
-        return
-    whole = loaded.model(input_ids=ids[:1, :8], use_cache=False).logits[0].float()
-    mine = head(loaded, loaded.model.base_model(input_ids=ids[:1, :8], use_cache=False).last_hidden_state[0])
-    if not torch.allclose(whole, mine, rtol=1e-2, atol=1e-2 * float(whole.abs().max())):
-        raise ShlError(
-            f"{type(loaded.model).__name__} does something to its logits that is not known here",
-            hint="please report the model; generate with --no-score meanwhile",
-        )
-    loaded.head_checked = True
+    return list(torch.cat(parts).cpu().split([len(completion) for _, completion in rows]))
 
 
 def score(

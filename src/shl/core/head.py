@@ -1,0 +1,78 @@
+"""From hidden states to logits, a chunk of positions at a time: the model's head, and the states behind completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shl.core.batches import right_pad
+from shl.core.errors import ShlError
+from shl.core.models import Loaded
+
+
+@dataclass(frozen=True)
+class Head:
+    """The map from final hidden states to logits, with what some families do to logits afterwards."""
+
+    weight: Tensor
+    bias: Tensor | None
+    factor: float
+    cap: float | None
+
+    @classmethod
+    def of(cls, loaded: Loaded) -> Head:
+        """The head under the weights that are active now; it stays with them when they are swapped."""
+        values = loaded.text_config.to_dict()
+        layer = loaded.model.get_output_embeddings()
+        factor = (values.get("logit_scale") or 1.0) / (values.get("logits_scaling") or 1.0)
+        bias = dict(layer.named_parameters()).get("bias")
+        cap = values.get("final_logit_softcapping")
+        return cls(layer.weight.data, None if bias is None else bias.data, factor, cap)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [n, vocabulary] in float32."""
+        logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+        if self.factor != 1:
+            logits = logits * self.factor
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    def back(self, logits: Tensor, grad: Tensor) -> Tensor:
+        """The gradient at the hidden states, from that at the logits; overwrites `grad`."""
+        if self.cap is not None:
+            grad *= 1 - (logits / self.cap) ** 2
+        if self.factor != 1:
+            grad *= self.factor
+        return grad.to(self.weight.dtype) @ self.weight
+
+    @torch.no_grad()
+    def check(self, loaded: Loaded, ids: Sequence[int]) -> None:
+        """Fail when this is not what the model itself does. A model is asked once."""
+        if loaded.head_checked:
+            return
+        tokens = torch.tensor([list(ids[:8])], device=loaded.device)
+        whole = loaded.model(input_ids=tokens, use_cache=False).logits[0].float()
+        mine = self.logits(final_states(loaded, tokens)[0])
+        if not torch.allclose(whole, mine, rtol=1e-2, atol=1e-2 * float(whole.abs().max())):
+            raise ShlError(
+                f"{type(loaded.model).__name__} does something to its logits that is not known here",
+                hint="please report the model; shl gen --no-score works meanwhile",
+            )
+        loaded.head_checked = True
+
+
+def final_states(loaded: Loaded, ids: Tensor) -> Tensor:
+    """Hidden states behind the last norm, for rows padded on the right."""
+    return loaded.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def completion_states(loaded: Loaded, rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+    """For (prompt, completion) rows: the states that predict the completion tokens, row after row, and those tokens."""
+    ids = right_pad([prompt + completion for prompt, completion in rows], loaded.device)
+    hidden = final_states(loaded, ids)
+    row = [k for k, (_, completion) in enumerate(rows) for _ in completion]
+    column = [len(prompt) + t for prompt, completion in rows for t in range(len(completion))]
+    where = torch.tensor([row, column], device=ids.device)
+    return hidden[where[0], where[1] - 1], ids[where[0], where[1]]
