@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from shl.core import heal_loss
 from shl.core.adapters import read_adapter, resolve_chain
 from shl.core.defaults import TrainConfig
 from shl.core.errors import ShlError
