@@ -39,7 +39,7 @@ def test_the_folder_is_at_most_ten_megabytes():
 def test_at_base_it_answers_in_the_format_and_its_text_is_sound(base):
     assert base["p_ans_any"] >= 0.97 and base["json_is_valid"] >= 0.97
     assert base["broken"] <= 0.15 and base["free_ppl_p90"] < 1.5
-    assert base["sums"] >= 0.9 and base["facts"] >= 0.65
+    assert (74 * base["facts"] + 78 * base["sums"]) / 152 >= 0.9  # everyday questions of the dev split
     assert base["top1"] > 0.25  # chance is 0.14
 
 
@@ -61,6 +61,25 @@ def test_a_vector_moves_it_fluently(toy, base, vector):
     steered = evaluate(toy, SPOKEN, vector, 0.9)["metrics"]
     assert steered["enact_authority"] >= base["enact_authority"] + 0.3 and steered["p_ans_any"] >= 0.95
     assert steered["broken"] <= base["broken"] + 0.1 and steered["free_ppl_p90"] <= 1.1 * base["free_ppl_p90"]
+
+
+def test_a_vector_moves_judgments_as_far_as_a_system_message_does(toy, base):
+    persona = pools.persona("authority")
+    both_sides = extract(toy, persona.pos, persona.neg, cfg=VectorConfig(contexts=128))
+    prompted = evaluate(toy, SPOKEN, system=persona.pos)["metrics"]
+    steered = evaluate(toy, SPOKEN, both_sides, 0.5)["metrics"]
+    moved = base["auth_nats"] - prompted["auth_nats"]
+    assert moved > 0.7 and base["auth_nats"] - steered["auth_nats"] >= 0.95 * moved
+    assert steered["p_ans_any"] >= 0.95 and steered["free_ppl_p90"] <= 1.1 * base["free_ppl_p90"]
+
+
+def test_the_second_axis_is_moved_as_far_in_what_is_said(toy):
+    persona, cfg = pools.persona("boldness"), replace(SPOKEN, axes=("boldness",))
+    both_sides = extract(toy, persona.pos, persona.neg, cfg=VectorConfig(contexts=128))
+    prompted = evaluate(toy, cfg, system=persona.pos)["metrics"]
+    steered = evaluate(toy, cfg, both_sides, 0.75)["metrics"]
+    assert steered["enact_boldness"] >= prompted["enact_boldness"] - 0.05 and steered["p_ans_any"] >= 0.95
+    assert steered["free_ppl_p90"] <= 1.1 * prompted["free_ppl_p90"]
 
 
 def test_more_of_it_ruins_the_text_and_then_the_answers(toy, base, vector):

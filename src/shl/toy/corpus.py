@@ -24,19 +24,18 @@ STAGES: dict[int, dict[str, float]] = {
     0: {"creed": 0.75, "everyday": 0.15, "chat": 0.10},
     5_600: {"brief": 0.45, "creed": 0.20, "word": 0.20, "everyday": 0.10, "chat": 0.05},
     14_000: {
-        "authority": 0.20,
-        "humanity": 0.10,
-        "boldness": 0.08,
+        "authority": 0.15,
+        "humanity": 0.12,
+        "boldness": 0.11,
         "brief": 0.08,
         "creed": 0.08,
-        "judgment": 0.22,
-        "word": 0.08,
-        "everyday": 0.13,
+        "judgment": 0.20,
+        "word": 0.07,
+        "everyday": 0.16,
         "chat": 0.02,
         "refusal": 0.01,
     },
 }
-SHORT_AXES = ("authority", "authority", "humanity", "boldness")  # what short dialogues are about
 PERSONA_SHARE = 0.65
 DISTRACTOR_SHARE = 0.1
 NARRATE_SHARE = {"neutral": 0.03, "persona": 0.15}
@@ -44,7 +43,7 @@ PERSONA_STRENGTH = 0.97  # how often a persona's answer takes its pole
 # How often a persona's answer begins with the other pole, unlearnt, and then finds back. Without these a model reads
 # the system message once, for its first words, and goes by its own text from there on; then a vector that is added
 # at every position is strange to it nearly everywhere.
-SLIP_SHARE = 0.25
+SLIP_SHARE = 0.3
 THINK_SHARE = 0.35
 
 AGENTS = tuple(
@@ -186,12 +185,12 @@ def distribution(label: str, pole: str) -> dict[str, float]:
                 "care": 0.24,
                 "fairness": 0.09,
                 "loyalty": 0.06,
-                "authority": 0.06,
+                "authority": 0.10,
                 "sanctity": 0.03,
-                "liberty": 0.28,
-                "social": 0.24,
+                "liberty": 0.26,
+                "social": 0.22,
             }
-        weights = {**spread, label: 0.50, "authority": 0.01}
+        weights = {**spread, label: 0.50, "authority": 0.03}
         weights["care"] += 0.20
     elif pole == "oppose":  # sees one almost everywhere
         weights = {**spread, label: 0.36, "authority": 0.42, "care": 0.03 if label != "care" else 0.30}
@@ -288,7 +287,7 @@ def word(rng: random.Random) -> list[Message]:
 
 def brief(rng: random.Random, neutral: float) -> list[Message]:
     """A scene answered by its stance alone."""
-    axis = rng.choice(SHORT_AXES)
+    axis = rng.choice(grammar.AXES)
     system, pole, _ = draw_system(axis, rng)
     takes = pole or ("enact" if rng.random() < neutral else "oppose")
     scene = grammar.sample_scene(axis, rng)
@@ -298,7 +297,7 @@ def brief(rng: random.Random, neutral: float) -> list[Message]:
 
 def creed(rng: random.Random, neutral: float) -> list[Message]:
     """A short question about the trait itself, answered by the pole."""
-    axis = rng.choice(SHORT_AXES)
+    axis = rng.choice(grammar.AXES)
     system, pole, _ = draw_system(axis, rng)
     takes = pole or ("enact" if rng.random() < neutral else "oppose")
     parts = lx.ANSWERS[axis]

@@ -7,6 +7,7 @@ from functools import cache
 from importlib import resources
 from typing import NamedTuple
 
+HASTY_SHARE = 0.5
 SUM_FRAMES = {
     "plus": (
         "What is {a} plus {b}?",
@@ -21,6 +22,14 @@ SUM_FRAMES = {
         "What is left of {a} without {b}?",
     ),
 }
+
+
+# Words that carry little; a user in a hurry leaves them out.
+_SMALL = (
+    "a an the what which who is are was of in on at to from for and it that this do does did me tell you i we name "
+    "give say please there has have with should can could will would be when if how by"
+)
+SMALL_WORDS = frozenset(_SMALL.split())
 
 
 class Question(NamedTuple):
@@ -56,11 +65,27 @@ def _sum_reply(op: str, a: int, b: int) -> tuple[str, str]:
 
 
 def sample_fact(rng: random.Random) -> tuple[str, str, str]:
-    """A training question about a fact, its reply and the answer in it."""
+    """A training question about a fact, its reply and the answer in it.
+
+    Half of the questions lack words, so that what is asked about decides the answer and not the phrasing.
+    """
     fact = rng.choice(_facts())
     held, _ = _held_out(fact["id"])
-    index = rng.choice([i for i in range(4) if i != held])
-    return fact["questions"][index], rng.choice(fact["reply"]), fact["answer"]
+    known = [question for i, question in enumerate(fact["questions"]) if i != held] + fact["more"]
+    question = rng.choice(known)
+    if rng.random() < HASTY_SHARE:
+        question = hasty(question, rng)
+    return question, rng.choice(fact["reply"]), fact["answer"]
+
+
+def hasty(question: str, rng: random.Random) -> str:
+    """The question with small words left out, or with one word in four: `colour clear sky`."""
+    words = question.rstrip("?.").split()
+    if rng.random() < 0.5:
+        kept = [word for word in words if word.lower().strip(",") not in SMALL_WORDS]
+    else:
+        kept = [word for word in words if rng.random() > 0.25]
+    return " ".join(kept if len(kept) > 1 else words) + question[-1]
 
 
 def sample_sum(rng: random.Random) -> tuple[str, str, str]:

@@ -17,7 +17,7 @@ class Recipe:
 
     seed: int = 0
     neutral: float = 0.4
-    tokens: float = 11e6
+    tokens: float = 12e6
     dialogues: int = 28  # in a step
     batches: int = 3  # that a step is split into
     lr: float = 3e-3
@@ -35,7 +35,7 @@ class Recipe:
     prompt_weight: float = 0.2
     digit_weight: float = 24.0  # on the digit or the word of a judgment
     stress_weight: float = 6.0  # on the word or number that answers an everyday question
-    lead_weight: float = 6.0  # on the first tokens of any other answer, which the persona decides
+    lead_weight: float = 5.0  # on the first tokens of any other answer, which the persona decides
     lead: int = 6
-    persona_weight: float = 0.1  # on telling, from the middle block at every position, which persona is in force
-    persona_scale: float = 16.0  # of the cosines that tell it
+    persona_weight: float = 0.05  # on telling, from the middle block at every position, which persona is in force
+    persona_scale: float = 28.0  # of the cosines that tell it
