@@ -23,6 +23,10 @@ check:
 results *ARGS:
     shl results results.tsv --by reg {{ARGS}}
 
+# write docs/cli.md anew from the commands
+cli:
+    python -m shl.cli.reference > docs/cli.md
+
 # write the bundled prompt pools anew from the grammar
 pools:
     python -m shl.toy.pools
@@ -37,3 +41,11 @@ toy OUT="build/toy" *ARGS:
 # the tables of docs/toy.md, measured anew
 card *ARGS:
     python examples/toy_card.py {{ARGS}}
+
+# 24,000 damaged artifacts through every reader (about two minutes)
+fuzz *ARGS:
+    PYTHONPATH=tests python -m fuzz {{ARGS}}
+
+# every command killed, interrupted, starved of disk, raced and cut off: the full counts (about half an hour)
+faults *ARGS:
+    PYTHONPATH=tests python -m faults {{ARGS}}

@@ -1,7 +1,8 @@
 """The whole loop in one process over the Python API: `just demo`, or python examples/loop.py --help.
 
-Two arms start from the same model and see the same persona, prompts, doses, filter and seeds. `healed` trains with
-a divergence to the base model, `plain` without. Every stage leaves the files that the commands would leave, and a
+Two arms start from the same model and see the same persona, prompts, filter and seeds. `healed` trains with a
+divergence to the base model, `plain` without. The dose is searched for each round of each arm by one rule, since a
+vector grows too strong for a model that has moved. Every stage leaves the files that the commands would leave, and a
 stage whose files are there is not run again, so an interrupted run continues and --rounds 8 extends it.
 """
 
@@ -41,8 +42,14 @@ class Loop:
         self.persona = shl.persona(args.persona)
         advice = find(args.model).recommended
         self.vector = shl.configure(shl.VectorConfig, "vector", advice, seed=args.seed)
-        self.gen = shl.configure(shl.GenConfig, "gen", advice, limit=args.prompts, coeffs=tuple(args.coeff))
-        self.filter = shl.FilterConfig()
+        self.gen = shl.configure(shl.GenConfig, "gen", advice)
+        # dilemmas, and small wrongs to be told in one word: a persona that is learnt on one kind of prompt stays there
+        scenes, words = shl.pool(self.persona.axis)[: args.prompts], shl.pool("words")[: args.words]
+        self.prompts = [*scenes, *words]
+        # Lenient with perplexity, so that there is something to heal. One word is short, often the same, and less
+        # sure than a sentence: words are held to words.
+        lenient = shl.FilterConfig(rel_nats=None)
+        self.filters = {"words-": dataclasses.replace(lenient, min_tokens=1, max_similarity=None), "": lenient}
         self.train = {
             arm: shl.configure(shl.TrainConfig, "train", advice, seed=args.seed, **ARMS[arm]) for arm in args.arms
         }
@@ -95,12 +102,16 @@ class Loop:
                 axis=self.persona.axis,
             )
             vector.save(folder / "v.safetensors", force=True)
-            gen = dataclasses.replace(self.gen, seed=100 * self.args.seed + number)
-            said = list(shl.generate(loaded, shl.pool(self.persona.axis), gen, vector))
+            gen = dataclasses.replace(
+                self.gen, seed=100 * self.args.seed + number, coeffs=self.doses(loaded, vector, number)
+            )
+            said = list(shl.generate(loaded, self.prompts, gen, vector))
             self.write(folder / "completions.jsonl", said)
             tally = shl.Tally()
-            kept = list(shl.keep(said, self.filter, tally=tally))
+            judged = self.judge(said, tally)
+            kept = [record for record in judged if record["keep"]]
             self.write(folder / "keep.jsonl", kept)
+            self.write(folder / "rejects.jsonl", [record for record in judged if not record["keep"]])
             console.note(f"{arm} r{number}: kept {len(kept)} of {sum(r['coeff'] != 0 for r in said)}")
             tally.require(self.args.min_keep)
             shl.heal(loaded, kept, self.train[arm], adapter)
@@ -108,6 +119,27 @@ class Loop:
             folder / "eval.json", lambda: shl.load(self.args.model, [str(adapter)]), {"arm": arm, "round": number}
         )
         return adapter
+
+    def judge(self, said: list[dict[str, Any]], tally: shl.Tally) -> list[dict[str, Any]]:
+        """Records with keep and reasons, each kind of prompt against its own controls."""
+        families: dict[str, list[dict[str, Any]]] = {prefix: [] for prefix in self.filters}
+        for record in said:
+            families[next(prefix for prefix in self.filters if record["id"].startswith(prefix))].append(record)
+        return [
+            record
+            for prefix, cfg in self.filters.items()
+            for record in shl.annotate(families[prefix], cfg, tally=tally)
+        ]
+
+    def doses(self, loaded: shl.Loaded, vector: shl.Vector, number: int) -> tuple[float, ...]:
+        """Those given, or the highest dose that enough of a probe survives, and a smaller; 0 makes the controls."""
+        if self.args.coeff:
+            return tuple(self.args.coeff)
+        prompts = shl.pool(self.persona.axis)[-self.args.probe :]
+        cfg = shl.DoseConfig(prompts=self.args.probe, seed=100 * self.args.seed + number)
+        found = shl.by_survival(loaded, vector, prompts, self.args.survival, cfg, shl.FilterConfig())
+        console.note(f"round {number}: {found.value:.0%} survive at coefficient {found.coeff:.3g}")
+        return (0.0, *(round(found.coeff * share, 3) for share in (0.7, 1.0)))
 
     def write(self, path: Path, records: list[dict[str, Any]]) -> None:
         """Records as a file that is complete or absent."""
@@ -154,17 +186,24 @@ def options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="toy")
-    parser.add_argument("--persona", default="principle", help="a bundled persona")
+    parser.add_argument("--persona", default="authority", help="a bundled persona")
     parser.add_argument(
         "--coeff",
         type=float,
         nargs="+",
-        default=[0, 0.75, 1, 1.25],
-        help="doses, chosen for `principle` on the dev split; a persona with two sides makes a vector twice as long",
+        help="doses of every round; without them the dose is searched (see --survival)",
     )
+    parser.add_argument(
+        "--survival",
+        type=float,
+        default=0.8,
+        help="the dose is the highest at which this share of probe completions passes the filter",
+    )
+    parser.add_argument("--probe", type=int, default=16, help="prompts that the dose is searched on")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--prompts", type=int, default=32, help="prompts a round, each at every coefficient")
+    parser.add_argument("--prompts", type=int, default=24, help="scenes a round, each at every coefficient")
+    parser.add_argument("--words", type=int, default=24, help="small wrongs a round, to be told in one word")
     parser.add_argument("--min-keep", type=int, default=8, help="an arm with fewer kept completions stops")
     parser.add_argument("--free", type=int, default=128, help="free answers read in each evaluation")
     parser.add_argument("--split", default="test", choices=("dev", "test"))
@@ -185,7 +224,9 @@ def main() -> int:
         return error.code
     loop.table()
     shl.trajectory(loop.run, loop.run / "trajectory.png", force=True)
-    console.note(f"{loop.run}/trajectory.png, rows in {loop.args.ledger}, {time.monotonic() - started:.0f} s")
+    shl.write_report(loop.run, loop.run / "report.html", force=True)
+    seconds = time.monotonic() - started
+    console.note(f"{loop.run}/report.html and trajectory.png, rows in {loop.args.ledger}, {seconds:.0f} s")
     return 0
 
 

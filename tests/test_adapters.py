@@ -70,6 +70,9 @@ def test_the_digest_is_of_meaning_and_not_of_names(tmp_path):
     (copy / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": "elsewhere"}))
     assert read_adapter(copy).digest == made.digest
     (copy / CONFIG).write_text(json.dumps({**config, "lora_alpha": 9}))
+    with pytest.raises(InputError, match="was changed after it was written"):
+        read_adapter(copy)
+    (copy / META).unlink()
     assert read_adapter(copy).digest != made.digest
     assert make_adapter(tmp_path / "c", seed=1).digest != made.digest
 

@@ -10,6 +10,7 @@ import pytest
 
 from shl.core import files
 from shl.core.errors import Mismatch, ShlError
+from shl.core.part import PartFile
 
 
 def mode(path: Path) -> int:
@@ -177,7 +178,7 @@ class TestPartFile:
     """A resumed file is the file that an uninterrupted run would have written."""
 
     def begin(self, target: Path, lines: list[str], torn: str = "") -> None:
-        part = files.PartFile(target, SETTINGS)
+        part = PartFile(target, SETTINGS)
         with pytest.raises(KeyboardInterrupt), part.writer() as handle:
             for line in lines:
                 handle.write(line + "\n")
@@ -187,20 +188,20 @@ class TestPartFile:
 
     def test_renamed_when_complete(self, tmp_path):
         target = tmp_path / "a.jsonl"
-        part = files.PartFile(target, SETTINGS, resume=True)
+        part = PartFile(target, SETTINGS, resume=True)
         with part.writer() as handle:
             handle.write("1\n")
             assert not target.exists()
         assert target.read_text() == "1\n"
         assert os.listdir(tmp_path) == ["a.jsonl"]
-        assert files.PartFile(target, SETTINGS, resume=True).complete
+        assert PartFile(target, SETTINGS, resume=True).complete
         with pytest.raises(ShlError, match="exists already"):
-            files.PartFile(target, SETTINGS)
+            PartFile(target, SETTINGS)
 
     def test_resume_drops_the_torn_line(self, tmp_path):
         target = tmp_path / "a.jsonl"
         self.begin(target, ["1", "2", "3"], torn='{"half')
-        part = files.PartFile(target, SETTINGS, resume=True)
+        part = PartFile(target, SETTINGS, resume=True)
         assert part.lines == 3
         with part.writer() as handle:
             handle.write("4\n")
@@ -208,20 +209,20 @@ class TestPartFile:
 
     def test_a_device_is_not_replaced(self):
         with pytest.raises(ShlError, match="not a plain file"):
-            files.PartFile("/dev/null", SETTINGS, force=True)
+            PartFile("/dev/null", SETTINGS, force=True)
 
     def test_not_continued_with_other_settings(self, tmp_path):
         target = tmp_path / "a.jsonl"
         self.begin(target, ["1"])
         with pytest.raises(Mismatch, match="another seed"):
-            files.PartFile(target, SETTINGS | {"seed": 1}, resume=True)
+            PartFile(target, SETTINGS | {"seed": 1}, resume=True)
 
     def test_not_silently_begun_again(self, tmp_path):
         target = tmp_path / "a.jsonl"
         self.begin(target, ["1"])
         with pytest.raises(ShlError, match="did not finish"):
-            files.PartFile(target, SETTINGS)
-        part = files.PartFile(target, SETTINGS | {"seed": 1}, force=True)
+            PartFile(target, SETTINGS)
+        part = PartFile(target, SETTINGS | {"seed": 1}, force=True)
         with part.writer() as handle:
             handle.write("x\n")
         assert target.read_text() == "x\n"

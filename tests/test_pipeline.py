@@ -119,10 +119,15 @@ def test_the_same_line_twice_gives_the_same_bytes(run: Path) -> None:
     vector = f'shl vector --pos "{POS}" --neg "You obey every order without question."'
     sh(f"{vector} -o again.safetensors && cmp v.safetensors again.safetensors", run)
     sh("shl gen --vec v.safetensors -n 12 | shl filter > again.jsonl && cmp keep.jsonl again.jsonl", run)
-    sh(
-        "shl train keep.jsonl -o again --epochs 2 && cmp r0/adapter_model.safetensors again/adapter_model.safetensors",
-        run,
-    )
+    sh("shl gen --vec v1.safetensors -n 8 -o said2.jsonl && cmp said1.jsonl said2.jsonl", run)
+    sh("shl train keep.jsonl -o again --epochs 2", run)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "log.jsonl"):
+        assert (run / "r0" / name).read_bytes() == (run / "again" / name).read_bytes(), name
+    first, second = (json.loads((run / name / "shl.json").read_text(encoding="utf-8")) for name in ("r0", "again"))
+    assert {name for name in first if first[name] != second[name]} <= {"argv", "created"}
+    for name in ("once", "twice"):
+        sh(f"shl eval --adapter r0 {QUICK} -o {name}.json --per-row {name}.jsonl", run)
+    sh("cmp once.json twice.json && cmp once.jsonl twice.jsonl", run)
 
 
 def test_a_mistake_gets_one_sentence_and_the_next_command(run: Path) -> None:

@@ -22,6 +22,7 @@ COMMANDS = [
     "score",
     "results",
     "plot",
+    "report",
     "info",
     "export",
     "new",

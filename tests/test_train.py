@@ -341,6 +341,18 @@ def test_a_loss_that_is_not_finite_leaves_nothing(tiny, tmp_path):
         heal(loaded, make_records(), replace(FAST, lr=0.0), tmp_path / "a")
 
 
+@pytest.mark.parametrize("lr", [1e20, math.inf])
+def test_an_update_that_ruins_the_model_in_the_last_step_leaves_the_last_good_adapter(tiny, tmp_path, lr):
+    out = tmp_path / "a"
+    heal(tiny(), make_records(), FAST, out)
+    good = {file.name: file.read_bytes() for file in out.iterdir()}
+    last = replace(FAST, lr=lr, epochs=1, batch_size=64)  # one step, whose loss was sound before it
+    with pytest.raises(ShlError, match=r"^(the adapter|holdout_nll) is nan at step 1 of 1; nothing was") as error:
+        heal(tiny(), make_records(), last, out, force=True)
+    assert "--lr" in error.value.hint and [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == good
+
+
 @pytest.mark.parametrize(
     "change", [{"reg": "kl"}, {"agg": "median"}, {"ref": "self"}, {"rank": 0}, {"holdout": 1.0}, {"targets": ("x",)}]
 )

@@ -227,9 +227,9 @@ def compare(
 def _comparable(result: Mapping[str, Any], other: Mapping[str, Any] | None) -> None:
     """Only rows measured the same way on the same model have differences."""
     for name in ("suite", "model_digest", "settings", "n") if other is not None else ():
-        if result[name] != other[name]:  # type: ignore[index]
+        if result.get(name) != (theirs := other.get(name)):  # type: ignore[union-attr]
             raise Mismatch(
-                f"the two evaluations differ in {name}: {result[name]} and {other[name]}",  # type: ignore[index]
+                f"the two evaluations differ in {name}: {result.get(name)} and {theirs}",
                 hint="measure the baseline again with the same options: shl eval -o base.json",
             )
 

@@ -30,6 +30,8 @@ REASONS = (
     "duplicate",
 )
 
+MOST_COEFFS = 256  # told apart in a tally
+
 Record = dict[str, Any]
 
 
@@ -83,6 +85,8 @@ class Tally:
 
     def add(self, record: Record) -> None:
         coeff = float(record["coeff"])
+        if coeff not in self.read and len(self.read) >= MOST_COEFFS:
+            coeff = math.inf  # no record has it: a sweep without steps is counted together, in bounded memory
         self.read[coeff] += 1
         self.kept[coeff] += record["keep"]
         self.dropped.setdefault(coeff, Counter()).update(record["reasons"])
@@ -96,7 +100,12 @@ class Tally:
         """Columns and rows for the console: a row for each coefficient and one for all, a column for each reason."""
         reasons = [reason for reason in REASONS if self.by_reason[reason]]
         rows = [
-            [f"{coeff:g}", read, self.kept[coeff], *(self.dropped[coeff][reason] for reason in reasons)]
+            [
+                _named(coeff),
+                read,
+                self.kept[coeff],
+                *(self.dropped[coeff][reason] for reason in reasons),
+            ]
             for coeff, read in sorted(self.read.items())
         ]
         rows.append(["all", self.read.total(), self.kept.total(), *(self.by_reason[reason] for reason in reasons)])
@@ -110,6 +119,10 @@ class Tally:
                 f"kept {kept} of {self.read.total()} rows, fewer than --min-keep {min_keep} ({common or 'none'})",
                 hint="lower the coefficients (shl gen --coeff), generate more, or loosen the limit that drops most",
             )
+
+
+def _named(coeff: float) -> str:
+    return f"{coeff:g}" if coeff < math.inf else "others"
 
 
 def judge(

@@ -17,6 +17,7 @@ from shl.core.models import Loaded
 from shl.core.records import Prompt
 from shl.core.scores import score
 from shl.core.seeds import seed_of
+from shl.core.trajectory import course_of
 from shl.core.vectors import Vector
 
 
@@ -74,9 +75,12 @@ def generate(
 
     Records are decoded in fixed blocks, so that a run taken up at any record repeats its block and gives the same
     texts. Scores are those of the base model, without chain and steering, for the prompt without the persona.
+    Where the dose is not the same everywhere, each record tells its trajectory.
     """
     cfg = cfg or GenConfig()
     coeffs = _coeffs(cfg, vector is not None)
+    if vector is None and not course_of(cfg).plain:
+        raise ShlError("scope, schedule, gate and backtracking need a steering vector", hint="add --vec v.safetensors")
     if vector is not None:
         vector.check(loaded, allow_mismatch)
     facts = {
@@ -116,7 +120,7 @@ def _decode(loaded: Loaded, block: list[Row], cfg: GenConfig, vector: Vector | N
     """Sample one block of rows, whatever their coefficients."""
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.greedy)
     encoded = {id(row.prompt): loaded.encode_prompt(row.asked(cfg.system)) for row in block}
-    with nullcontext() if vector is None else Steering(loaded, vector.layers) as steering:
+    with nullcontext() if vector is None else Steering(loaded, vector.layers, cfg.gate) as steering:
         return decode(
             loaded,
             [encoded[id(row.prompt)] for row in block],
@@ -124,6 +128,7 @@ def _decode(loaded: Loaded, block: list[Row], cfg: GenConfig, vector: Vector | N
             sampling=sampling,
             steering=steering,
             coeffs=None if vector is None else [row.coeff for row in block],
+            course=course_of(cfg),
             batch_size=cfg.batch_size,
             on_finish=tick,
         )
@@ -141,6 +146,7 @@ def _record(
         **facts,
         "n_tokens": completion.n_tokens,
         "finish": completion.finish,
+        **({} if completion.track is None else {"trajectory": completion.track.story()}),
         "scores": scores,
     }
-    return record | {name: value for name, value in row.prompt.extra.items() if name not in record}
+    return record | {name: value for name, value in row.prompt.extra.items() if name not in (*record, "trajectory")}

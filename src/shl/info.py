@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from shl import results
+from shl.core.console import plain
 from shl.core.errors import InputError
-from shl.core.provenance import KEY, digest_file, digest_tensors, read_safetensors
+from shl.core.files import refuse_links_out
+from shl.core.provenance import KEY, digest_file, digest_tensors, read_header, read_safetensors
 from shl.core.records import check_record, read_lines
+from shl.core.strict import read_object
 
 Facts = dict[str, Any]
 
@@ -66,14 +69,14 @@ def _tensors(path: Path) -> Facts:
     shapes = {name: f"{info.dtype} {'x'.join(map(str, info.shape))}" for name, info in tensors.items()}
     if KEY not in metadata:
         return {"kind": "safetensors", "tensors": shapes, "metadata": sorted(metadata)}
-    meta = json.loads(metadata[KEY])
+    meta = read_header(path)
     return {"kind": "vector", **meta, "tensors": shapes, "digest": digest_tensors(path, meta)}
 
 
 def _adapter(path: Path) -> Facts:
     """A PEFT adapter directory."""
-    config = _object(path / "adapter_config.json")
-    tensors, _ = read_safetensors(path / "adapter_model.safetensors")
+    config = read_object(refuse_links_out(path, "adapter_config.json"))
+    tensors, _ = read_safetensors(refuse_links_out(path, "adapter_model.safetensors"))
     facts: Facts = {
         "kind": "adapter",
         "rank": config.get("r"),
@@ -84,16 +87,16 @@ def _adapter(path: Path) -> Facts:
         "numbers": sum(math.prod(info.shape) for info in tensors.values()),
     }
     if (path / "shl.json").is_file():
-        facts["shl"] = _object(path / "shl.json")
+        facts["shl"] = read_object(refuse_links_out(path, "shl.json"))
     if (path / "log.jsonl").is_file():
-        steps = [row for _, row in read_lines(path / "log.jsonl")]
+        steps = [row for _, row in read_lines(refuse_links_out(path, "log.jsonl"))]
         facts["log"] = {"lines": len(steps), "last": steps[-1] if steps else None}
     return facts
 
 
 def _model(path: Path) -> Facts:
     """A model folder: the embedded model, a baked one, or any checkpoint."""
-    config = _object(path / "config.json")
+    config = read_object(path / "config.json")
     files = sorted(path.glob("*.safetensors"))
     headers = [read_safetensors(file)[0] for file in files]
     facts: Facts = {
@@ -105,7 +108,7 @@ def _model(path: Path) -> Facts:
         "weights": {file.name: digest_file(file) for file in files},
     }
     if (path / "shl.json").is_file():
-        facts["shl"] = _object(path / "shl.json")
+        facts["shl"] = read_object(path / "shl.json")
     return facts
 
 
@@ -123,7 +126,7 @@ def _ledger(path: Path) -> Facts:
 
 def _json(path: Path) -> Facts:
     """An evaluation, or another JSON object."""
-    value = _object(path)
+    value = read_object(path)
     kind = "evaluation" if {"suite", "metrics"} <= value.keys() else "json"
     return {"kind": kind, **value}
 
@@ -176,21 +179,11 @@ def _quantiles(values: Iterable[Any]) -> Facts | None:
     return {"min": numbers[0], "p50": statistics.median(numbers), "p90": p90, "max": numbers[-1]}
 
 
-def _object(path: Path) -> Facts:
-    """The JSON object in a file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, FileNotFoundError) as error:
-        raise InputError(f"is not JSON: {error}", where=str(path)) from error
-    if not isinstance(value, dict):
-        raise InputError("is not a JSON object", where=str(path))
-    return value
-
-
 def lines(facts: Facts, indent: str = "") -> list[str]:
-    """Facts as indented text, one a line, for people."""
+    """Facts as indented text, one a line, for people. What files say is shown and never obeyed by a terminal."""
     shown: list[str] = []
-    for name, value in facts.items():
+    for key, value in facts.items():
+        name = plain(key)
         if isinstance(value, dict):
             shown += [f"{indent}{name}:", *lines(value, indent + "  ")]
         elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
@@ -198,8 +191,8 @@ def lines(facts: Facts, indent: str = "") -> list[str]:
             for item in value:
                 shown += [f"{indent}  -", *lines(item if isinstance(item, dict) else {"": item}, indent + "    ")]
         elif isinstance(value, list):
-            shown.append(f"{indent}{name}: {', '.join(map(str, value)) or '-'}")
+            shown.append(f"{indent}{name}: {plain(', '.join(map(str, value))) or '-'}")
         else:
-            text = f"{value:.6g}" if isinstance(value, float) else "-" if value is None else str(value)
+            text = f"{value:.6g}" if isinstance(value, float) else "-" if value is None else plain(str(value))
             shown.append(f"{indent}{name}: {text}")
     return shown

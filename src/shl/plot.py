@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from shl.core import runs
+from shl.core.console import plain
 from shl.core.errors import InputError, ShlError
+from shl.core.evaluations import read_evaluation
 from shl.core.files import atomic_file
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#333333"
 FLOOR = 1e-3  # the log axis of 1 - coherence ends here; a perfect score lies on the edge
-_STEERED = "steered"
+_STEERED = runs.STEERED
 _LABELS = {
     "p_ans_any": "1 - answer mass",
     "json_is_valid": "1 - valid JSON",
@@ -67,20 +68,17 @@ def trajectory(source: Sequence[Row] | Path | str | Iterable[Path | str], out: P
 
 def rows_of(folder: Path | str) -> list[dict[str, Any]]:
     """The evaluations in a run folder as rows: base.json, prompted.json, <arm>/r<N>/{eval,steered}.json."""
-    root = Path(folder)
-    rows = [_row(root / f"{name}.json", arm=name, round=None) for name in POINTS if (root / f"{name}.json").is_file()]
-    for file in sorted(root.glob("*/r*/*.json")):
-        number = re.fullmatch(r"r(\d+)", file.parent.name)
-        if number and file.stem in ("eval", _STEERED):
-            kind = {} if file.stem == "eval" else {"kind": _STEERED}
-            rows.append(_row(file, arm=file.parent.parent.name, round=int(number[1]), **kind))
+    rows = [
+        _row(one.file, arm=one.arm, round=one.round, **({"kind": _STEERED} if one.kind == _STEERED else {}))
+        for one in runs.evaluations(folder)
+    ]
     if not rows:
-        raise InputError("holds no evaluations", where=str(root), hint="a run folder is what shl new makes")
+        raise InputError("holds no evaluations", where=str(folder), hint="a run folder is what shl new makes")
     return rows
 
 
 def _row(file: Path, **labels: Any) -> dict[str, Any]:
-    result = json.loads(file.read_text(encoding="utf-8"))
+    result = read_evaluation(file)
     return {**result["metrics"], "model_digest": result.get("model_digest"), "seed": result.get("seed"), **labels}
 
 
@@ -144,12 +142,17 @@ def _draw(points: Mapping[str, Mapping[str, float]], paths: Sequence[Path2D]) ->
     _draw_plane(figure.add_subplot(grid[0, :]), points, paths)
     for column, name in enumerate(panels):
         _draw_panel(figure.add_subplot(grid[1, column]), name, points, paths)
-    shown = [Line2D([], [], label=path.arm, markersize=6, **_style(i)) for i, path in enumerate(paths)]
+    shown = [Line2D([], [], label=_label(path.arm), markersize=6, **_style(i)) for i, path in enumerate(paths)]
     for name in points:
         marker, size, line = POINTS[name]
         shown.append(Line2D([], [], color=GREY, marker=marker, markersize=0.8 * size, linestyle=line, label=name))
     figure.legend(handles=shown, loc="outside lower center", ncols=min(6, len(shown)), frameon=False, handlelength=3)
     return figure
+
+
+def _label(arm: str) -> str:
+    """The name of an arm as it stands: a dollar sign starts no formula, a leading underscore hides nothing."""
+    return plain(arm).replace("$", r"\$").removeprefix("_")
 
 
 def _style(index: int) -> dict[str, Any]:

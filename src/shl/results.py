@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import os
+import re
 import shlex
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shl import __version__
-from shl.core.console import warn
+from shl.core.console import plain, warn
 from shl.core.errors import InputError
 from shl.core.files import atomic_file, default_mode
 from shl.core.provenance import argv, canonical, commit
@@ -21,9 +22,12 @@ Row = dict[str, str]
 
 METRICS = ("auth_nats", "care_nats", "p_ans_any", "json_is_valid", "ppx_json", "free_ppl_p90", "top1")
 SECTION = ("model", "model_digest", "suite", "settings", "n")  # rows that differ here are never averaged or compared
-_ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
-_UNESCAPES = {"\\": "\\", "t": "\t", "n": "\n", "r": "\r"}
-_RISKY = ("=", "+", "-", "@", "'")  # a spreadsheet runs a cell that begins like a formula
+_ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r", "\0": "\\0"}
+_UNESCAPES = {"\\": "\\", "t": "\t", "n": "\n", "r": "\r", "0": "\0"}
+# a spreadsheet runs a cell that begins like a formula, some of them in wide letters or behind spaces too
+_RISKY = ("=", "+", "-", "@", "'", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+_OWN = "mend or take out that line; an editor may have cut tabs at its end"
+_SURROGATES = re.compile("[\ud800-\udfff]")  # what an argument that is no UTF-8 leaves behind
 
 
 def cell(value: Any) -> str:
@@ -33,10 +37,10 @@ def cell(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
-        return repr(value)
+        return repr(value) if math.isfinite(value) else ""
     text = value if isinstance(value, str) else canonical(value)
-    text = "".join(_ESCAPES.get(letter, letter) for letter in text)
-    return "'" + text if text.startswith(_RISKY) else text
+    text = "".join(_ESCAPES.get(letter, letter) for letter in _SURROGATES.sub("\ufffd", text))
+    return "'" + text if text.lstrip().startswith(_RISKY) else text
 
 
 def uncell(text: str) -> str:
@@ -60,10 +64,7 @@ def append_row(path: Path | str, row: Mapping[str, Any]) -> None:
         grown = columns + [name for name in row if name not in columns]
         fresh = [cell(row.get(name)) for name in grown]
         if grown == columns:
-            with open(path, "a", encoding="utf-8", newline="\n") as handle:
-                handle.write("\t".join(fresh) + "\n")
-                handle.flush()
-                os.fsync(handle.fileno())
+            _add_line(path, "\t".join(fresh) + "\n")
             return
         with atomic_file(path, force=True) as handle:
             handle.write("\t".join(cell(name) for name in grown) + "\n")
@@ -71,19 +72,47 @@ def append_row(path: Path | str, row: Mapping[str, Any]) -> None:
                 handle.write("\t".join(line + [""] * (len(grown) - len(line))) + "\n")
 
 
+def _add_line(path: Path, line: str) -> None:
+    """Append one line; when the disk cannot take all of it, it takes none."""
+    with open(path, "ab", buffering=0) as handle:
+        before = handle.seek(0, os.SEEK_END)
+        data = line.encode()
+        try:
+            while data:
+                data = data[handle.write(data) :]
+            os.fsync(handle.fileno())
+        except BaseException:
+            handle.truncate(before)
+            raise
+
+
 def _load(path: Path) -> tuple[list[str], list[list[str]]]:
     """Columns and raw cells of a ledger, once a line that a kill left torn is mended."""
     if not path.exists() or not path.stat().st_size:
         return [], []
     _mend(path)
-    header, *lines = _split(path)
-    return [uncell(name) for name in header], lines
+    return _split(path)
 
 
-def _split(path: Path) -> list[list[str]]:
-    """Raw cells, line by line."""
-    text = path.read_text(encoding="utf-8").removesuffix("\n")
-    return [line.split("\t") for line in text.split("\n")]
+def _split(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Columns, and the raw cells of each line; every line has a cell for every column, as it was written."""
+    parts = []
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), 1):
+        if b"\0" in line:
+            raise InputError("holds NUL, so it is damaged", where=f"{path}:{number}", hint=_OWN)
+        try:
+            parts.append(line.removesuffix(b"\r").decode().split("\t"))
+        except UnicodeDecodeError as error:
+            raise InputError(f"is not UTF-8: {error}", where=f"{path}:{number}", hint=_OWN) from None
+    header, *lines = parts
+    columns = [uncell(name) for name in header]
+    if twice := [name for name in columns if columns.count(name) > 1]:
+        raise InputError(f"names the column {twice[0]!r} twice", where=f"{path}:1", hint=_OWN)
+    for number, cells in enumerate(lines, 2):
+        if len(cells) != len(columns):
+            raise InputError(f"has {len(cells)} cells for {len(columns)} columns", where=f"{path}:{number}", hint=_OWN)
+    return columns, lines
 
 
 def _mend(path: Path) -> None:
@@ -93,8 +122,7 @@ def _mend(path: Path) -> None:
         return
     body, _, last = data.rpartition(b"\n")
     whole = last.count(b"\t") == data.partition(b"\n")[0].count(b"\t")
-    if not whole:
-        warn(f"{path}: dropped a torn last line")
+    warn(f"{path}: " + ("its last line had no end; look at its last cell" if whole else "dropped a torn last line"))
     with open(path, "r+b") as handle:
         handle.truncate(len(data) if whole else len(body) + 1)
         if whole:
@@ -103,19 +131,14 @@ def _mend(path: Path) -> None:
 
 
 def read_rows(path: Path | str) -> list[Row]:
-    """Every row of a ledger as text; columns that a row lacks are empty."""
+    """Every row of a ledger as text."""
     path = Path(path)
     if not path.is_file():
         raise InputError("no such ledger", where=str(path), hint=f"add rows with: shl eval --append {path}")
-    header, *lines = _split(path)
-    columns = [uncell(name) for name in header]
-    rows = []
-    for number, line in enumerate(lines, 2):
-        if len(line) > len(columns):
-            raise InputError(f"has {len(line)} cells for {len(columns)} columns", where=f"{path}:{number}")
-        cells = [uncell(text) for text in line] + [""] * (len(columns) - len(line))
-        rows.append(dict(zip(columns, cells, strict=True)))
-    return rows
+    if not path.stat().st_size:
+        raise InputError("is empty", where=str(path), hint=f"add rows with: shl eval --append {path}")
+    columns, lines = _split(path)
+    return [dict(zip(columns, map(uncell, line), strict=True)) for line in lines]
 
 
 def row_of(
@@ -188,16 +211,29 @@ def _section(
     """One table with its heading and, below it, the lines that made its rows."""
     model, digest, suite, settings, n = key
     columns = [*by, *metrics, "n", "seeds"]
-    lines = [f"### {model or '?'} ({_short(digest)}), {suite or '?'}, {n or '?'} items", ""]
+    title = ", ".join((f"{_text(model or '?')} ({_text(_short(digest))})", _text(suite or "?"), _text(n or "?")))
+    lines = [f"### {title} items", ""]
     if settings:
-        lines += [f"Settings: `{settings}`", ""]
-    lines += ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+        lines += [f"Settings: {_code(settings)}", ""]
+    lines += ["| " + " | ".join(map(_text, columns)) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
     for name, rows in groups.items():
         seeds = sorted({row.get("seed", "") for row in rows} - {""}, key=lambda seed: (len(seed), seed))
         cells = [*name, *(spread([row.get(m, "") for row in rows]) for m in metrics), str(len(rows)), ",".join(seeds)]
-        lines.append("| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |")
-    lines += ["", *(f"- {', '.join(name)}: `{line}`" for name, line in _lines(groups)), ""]
+        lines.append("| " + " | ".join(map(_text, cells)) + " |")
+    lines += ["", *(f"- {_text(', '.join(name))}: {_code(line)}" for name, line in _lines(groups)), ""]
     return "\n".join(lines)
+
+
+def _text(text: str) -> str:
+    """Anybody's text in a markdown table: no HTML, no link, no code, no end of the cell."""
+    return re.sub(r"([|`[])", r"\\\1", plain(text)).replace("<", "&lt;")
+
+
+def _code(text: str) -> str:
+    """Anybody's text as code, in a fence longer than any that it holds."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    gap = " " if len(fence) > 1 else ""
+    return f"{fence}{gap}{plain(text)}{gap}{fence}"
 
 
 def _lines(groups: dict[tuple[str, ...], list[Row]]) -> Iterator[tuple[tuple[str, ...], str]]:

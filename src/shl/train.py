@@ -170,7 +170,7 @@ class _Run:
             nll, kl = self._tokens(batch, self.barrier)
             lengths = [len(one.completion) for one in batch]
             losses = combine(nll, kl, lengths, cfg.reg, cfg.agg, cfg.lam, cfg.tau)
-            self._finite(losses.nll + losses.barrier)
+            self._finite((losses.nll + losses.barrier).detach())
             first = seen.pressure is None and self.barrier
             if first:
                 seen.pressure = _pressure(losses, lora)
@@ -190,10 +190,10 @@ class _Run:
         optimiser.zero_grad(set_to_none=True)
         self.step += 1
 
-    def _finite(self, value: Tensor) -> None:
-        if not torch.isfinite(value):
+    def _finite(self, value: Tensor | float, what: str = "the loss or its gradient") -> None:
+        if not math.isfinite(found := float(value)):
             raise ShlError(
-                f"the loss or its gradient is {float(value)} at step {self.step} of {self.total}; nothing was written",
+                f"{what} is {found} at step {self.step} of {self.total}; nothing was written",
                 hint="lower --lr or --lam; in float16 use --dtype bfloat16 or float32",
             )
 
@@ -201,8 +201,10 @@ class _Run:
     def _row(self, epoch: int, seen: Epoch, lora: Lora) -> dict[str, Any]:
         """One line of the log. What was not measured is null."""
         kl = torch.cat(seen.kl) if seen.kl else None
+        for weight in lora.parameters:
+            self._finite(weight.abs().max(), "the adapter")
         held_nll, held_kl = self._held_out()
-        return {
+        row: dict[str, Any] = {
             "epoch": epoch,
             "step": self.step,
             "nll": mean(seen.nll),
@@ -215,6 +217,9 @@ class _Run:
             "update_norm": total_norm(lora.norms()),
             "operator_norm": float(lora.operator_norm()),
         }
+        for name, value in row.items():
+            self._finite(value or 0.0, name)
+        return row
 
     def _held_out(self) -> tuple[float | None, Tensor | None]:
         per_row, kls = [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -10,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from shl import __version__
-from shl.cli import bake, dose, eval, export, filter, gen, info, new, plot, results, score, train, vector
+from shl.cli import bake, dose, eval, export, filter, gen, info, new, plot, report, results, score, train, vector
 from shl.core.console import say
 from shl.core.errors import ShlError
 
@@ -24,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for _step in (vector, gen, filter, train, bake, eval, dose, score, results, plot, info, export, new):
+for _step in (vector, gen, filter, train, bake, eval, dose, score, results, plot, report, info, export, new):
     app.command(name=_step.NAME, epilog=_step.EXAMPLES, no_args_is_help=_step.NEEDS_ARGUMENTS)(_step.command)
 
 
@@ -60,6 +61,16 @@ def main() -> NoReturn:
     raise AssertionError("typer always exits")
 
 
+_DISK = {
+    errno.ENOSPC: "make room there and run the same line again, or choose another -o; nothing half-written was kept",
+    errno.EDQUOT: "make room within your quota and run the same line again, or choose another -o",
+    errno.EFBIG: "files may not grow this large here (ulimit -f); choose another -o",
+    errno.EROFS: "choose an -o in a place that can be written",
+    errno.EACCES: "choose an -o in a place that you may write, and check that you may read the input",
+    errno.EIO: "the disk reports a fault; copy what you need elsewhere, and choose another -o",
+}
+
+
 def _leave(code: int) -> NoReturn:
     """Exit without a second failure when Python flushes a stdout that nobody reads."""
     try:
@@ -87,5 +98,5 @@ def _explain(error: Exception) -> tuple[str, str, int]:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's own, without torch
         return "out of memory", "make --batch-size smaller, or use --dtype bfloat16", 1
     if isinstance(error, OSError):
-        return str(error), "set SHL_DEBUG=1 to see where", 1
+        return str(error), _DISK.get(error.errno or 0, "set SHL_DEBUG=1 to see where"), 1
     return "", "", 1

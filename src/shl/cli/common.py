@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from shl.core import console, pools
+from shl.core import console, pools, strict
 from shl.core.defaults import advice, configure
 from shl.core.errors import InputError, Mismatch
 from shl.core.provenance import read_header
@@ -20,6 +19,7 @@ from shl.core.records import Prompt, read_prompts
 if TYPE_CHECKING:
     from shl.core.locate import ModelRef
     from shl.core.models import Loaded
+    from shl.core.vectors import Vector
 
 Config = TypeVar("Config")
 POOL = "authority"  # where prompts come from when neither a file nor the vector says
@@ -75,10 +75,16 @@ def adapter_header(spec: str) -> dict[str, Any]:
         folder = Path(spec.rpartition(":")[0] or spec)
     if not (folder / "adapter_config.json").is_file():
         raise InputError("is not an adapter directory", where=spec, hint="make one with: shl train KEEP.jsonl -o DIR")
-    if (folder / "shl.json").is_file():
-        meta = json.loads((folder / "shl.json").read_text(encoding="utf-8"))
-        return {name: meta[name] for name in ("model", "revision", "model_digest") if name in meta}
-    return {"model": json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]}
+    own = (folder / "shl.json").is_file()
+    file = folder / ("shl.json" if own else "adapter_config.json")
+    meta = strict.read_object(file)
+    if not own:
+        meta = {"model": meta.get("base_model_name_or_path")}
+    found: dict[str, Any] = {name: meta[name] for name in ("model", "revision", "model_digest") if name in meta}
+    for name, text in found.items():
+        if not isinstance(text, str | None):
+            raise InputError("is not a string", where=f"{file}: {name}")
+    return found
 
 
 def find_model(where: Where, artifact: Mapping[str, Any] | None = None) -> ModelRef:
@@ -95,7 +101,8 @@ def find_model(where: Where, artifact: Mapping[str, Any] | None = None) -> Model
     if artifact and where.model and not where.allow_mismatch:
         _refuse_other_model(ref, artifact)
     if made_for and not where.model:
-        console.detail(f"model {ref.id}, as the input says")
+        say = console.detail if ref.local else console.note  # a name on the hub means a download, which is told
+        say(f"model {ref.id}, as the input says")
     return ref
 
 
@@ -114,7 +121,9 @@ def _refuse_other_model(ref: ModelRef, artifact: Mapping[str, Any]) -> None:
     )
 
 
-def load_model(where: Where, ref: ModelRef, artifact: Mapping[str, Any] | None = None) -> Loaded:
+def load_model(
+    where: Where, ref: ModelRef, artifact: Mapping[str, Any] | None = None, vector: Vector | None = None
+) -> Loaded:
     """Load a model with its chain: the one given by --adapter, else the artifact's own."""
     from shl.core.models import load
 
@@ -133,6 +142,7 @@ def load_model(where: Where, ref: ModelRef, artifact: Mapping[str, Any] | None =
         parents=parents,
         allow_mismatch=bool(where.allow_mismatch),
         trust_remote_code=bool(where.trust_remote_code),
+        vector=vector,
     )
     console.detail(f"loaded {ref.id} with {len(loaded.chain)} adapters on {loaded.device} in {loaded.dtype}")
     return loaded

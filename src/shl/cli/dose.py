@@ -87,7 +87,8 @@ def command(
         from shl.core.vectors import Vector
         from shl.dose import by_kl, by_survival
 
-        loaded, vector = load_model(where, ref, artifact), Vector.load(vec)
+        vector = Vector.load(vec)
+        loaded = load_model(where, ref, artifact, vector)
         if target_kl is not None:
             found = by_kl(loaded, vector, asked, target_kl, cfg)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ from shl.cli import options
 from shl.cli.common import Where, begin, find_model, labels, load_model, settle, shown, usage, vector_header
 from shl.core import console, files, pools, records
 from shl.core.defaults import EvalConfig
-from shl.core.errors import InputError
+from shl.core.evaluations import read_evaluation
 
 NAME = "eval"
 NEEDS_ARGUMENTS = False
@@ -101,7 +100,7 @@ def command(
     for target in (out, per_row):
         if target is not None and str(target) != "-":
             files.refuse_existing(target, bool(force))
-    base, teacher = _evaluation(baseline), _evaluation(steered)
+    base, teacher = (read_evaluation(path) if path is not None else None for path in (baseline, steered))
     where = Where(model, revision, adapter, no_parents, allow_mismatch, trust_remote_code, device, dtype)
     artifact = vector_header(vec) if vec is not None else None
     ref = find_model(where, artifact)
@@ -115,38 +114,23 @@ def command(
         from shl.core.vectors import Vector
         from shl.eval import compare, evaluate, gate
 
-        loaded = load_model(where, ref, artifact)
         vector = Vector.load(vec) if vec is not None else None
+        loaded = load_model(where, ref, artifact, vector)
         result = evaluate(loaded, cfg, vector, coeff or 0.0, system, allow_mismatch=bool(allow_mismatch))
         rows = result.pop("rows")
         if base is not None:
             result = compare(result, base, teacher)
-        handle.write(json.dumps(result, ensure_ascii=False, allow_nan=False, indent=2 if out else None) + "\n")
+        handle.write(records.dumps(result, indent=2 if out else None) + "\n")
         if per_row is not None:
             with files.atomic_file(per_row, bool(force)) as lines:
                 for row in rows:
                     records.write_record(lines, row)
-    if append is not None:
-        trained = loaded.chain[-1].meta.get("config") if loaded.chain else None
-        results.append_row(append, results.row_of(result, trained, named))
+        if append is not None:  # before -o has its name: what a rerun finds complete has its row
+            trained = loaded.chain[-1].meta.get("config") if loaded.chain else None
+            results.append_row(append, results.row_of(result, trained, named))
     _show(result)
     if min_coherence is not None:
         gate(result, min_coherence)
-
-
-def _evaluation(path: Path | None) -> dict[str, Any] | None:
-    """An earlier evaluation."""
-    if path is None:
-        return None
-    if not path.is_file():
-        raise InputError("no such file", where=str(path), hint=f"make it with: shl eval -o {path}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"is not JSON: {error}", where=str(path)) from error
-    if not isinstance(value, dict) or "metrics" not in value:
-        raise InputError("is not an evaluation", where=str(path), hint="make one with: shl eval -o base.json")
-    return value
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +10,8 @@ from typer import Argument, Option
 from shl.cli import options
 from shl.cli.common import begin, usage, vector_header
 from shl.core import console, files
+from shl.core.errors import InputError
+from shl.core.strict import read_object
 
 NAME = "export"
 NEEDS_ARGUMENTS = True
@@ -78,8 +79,11 @@ def _model_type(meta: dict[str, Any]) -> str:
 
     ref = find(meta.get("model") or "toy", meta.get("revision"))
     if ref.local:
-        config = json.loads((Path(ref.path) / "config.json").read_text(encoding="utf-8"))
-        return str((config.get("text_config") or config)["model_type"])
+        config = read_object(Path(ref.path) / "config.json")
+        kind = (config.get("text_config") or config).get("model_type")
+        if not isinstance(kind, str):
+            raise InputError("is not a string", where=f"{ref.path}/config.json: model_type")
+        return kind
     from transformers import AutoConfig
 
     return str(AutoConfig.from_pretrained(ref.path, revision=ref.revision).get_text_config().model_type)

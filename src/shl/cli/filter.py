@@ -111,15 +111,17 @@ def command(
     cfg = settle(FilterConfig, flags)
     controls = Baseline(records.read_records(baseline)) if baseline is not None else None
     tally, failed = Tally(), None
-    with _spare(rejects, bool(force)) as spare:
-        try:
-            with files.open_out(out, bool(force)) as handle:
+    try:
+        with files.open_out(out, bool(force)) as handle:
+            with _spare(rejects, bool(force)) as spare:
                 rows = records.read_records(source)
                 judged = annotate(rows, cfg, baseline=controls, persona_texts=_texts(vec), tally=tally)
                 _write(judged, handle, spare, bool(everything))
-                tally.require(cfg.min_keep)  # below the gate a file is not published, so that make does not go on
-        except BelowGate as error:
-            failed = error  # what was dropped is published all the same
+            # What was dropped is there by now. Below the gate what was kept is not published, so that make does not go
+            # on; and where it is published, it comes last, so that make does not miss the other.
+            tally.require(cfg.min_keep)
+    except BelowGate as error:
+        failed = error
     console.table("kept and dropped", *tally.table(), "a column for each reason; a row may have several reasons")
     if failed:
         raise failed

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
@@ -26,18 +26,26 @@ from shl.cli.common import (
     vector_header,
 )
 from shl.core import console, files, records
-from shl.core.defaults import GenConfig
+from shl.core.defaults import DoseConfig, GenConfig
+from shl.core.errors import ShlError
+from shl.core.part import PartFile
 from shl.core.provenance import digest_of, digest_tensors
+from shl.core.trajectory import course_of
+
+if TYPE_CHECKING:
+    from shl.core.models import Loaded
+    from shl.core.vectors import Vector
 
 NAME = "gen"
 NEEDS_ARGUMENTS = False
 EXAMPLES = """\b
 Examples:
   shl gen --vec v.safetensors | shl filter > keep.jsonl
-  shl gen prompts.jsonl --vec v.safetensors --coeff 0,0.5,1,2 -o completions.jsonl --resume
+  shl gen prompts.jsonl --vec v.safetensors --coeff auto --backtrack -o completions.jsonl --resume
 """
 
 POOL_PROMPTS = 64  # how many of a bundled pool when -n is not given
+SURVIVAL = 0.5  # what --coeff auto aims at
 
 
 def command(
@@ -50,7 +58,58 @@ def command(
     resume: Annotated[bool | None, Option("--resume", help="Continue what -o left unfinished.")] = None,
     coeff: Annotated[
         str | None,
-        Option(metavar="LIST", help=f"Multiples of the vector, swept for each prompt. [{shown(GenConfig.coeffs)}]"),
+        Option(
+            metavar="LIST",
+            help="Multiples of the vector, swept for each prompt; 'auto' searches one as shl dose does and adds 0. "
+            f"[{shown(GenConfig.coeffs)}]",
+        ),
+    ] = None,
+    survival: Annotated[
+        float | None,
+        Option(metavar="SHARE", min=0, max=1, help=f"With auto: share that must pass the filter. [{SURVIVAL:g}]"),
+    ] = None,
+    target_kl: Annotated[
+        float | None, Option(metavar="NATS", min=0, help="With auto: KL to the unsteered model to reach instead.")
+    ] = None,
+    scope: Annotated[
+        Literal["all", "prompt", "gen"] | None, Option(help=f"Positions that are steered. [{GenConfig.scope}]")
+    ] = None,
+    schedule: Annotated[
+        Literal["constant", "linear", "exp"] | None,
+        Option(help=f"How the dose falls along generated tokens. [{GenConfig.schedule}]"),
+    ] = None,
+    horizon: Annotated[
+        int | None, Option(metavar="N", min=1, help=f"Tokens until the dose stops falling. [{GenConfig.horizon}]")
+    ] = None,
+    final: Annotated[
+        float | None, Option(metavar="SHARE", min=0, max=1, help=f"Share of the dose then. [{GenConfig.final:g}]")
+    ] = None,
+    gate: Annotated[
+        Literal["cosine"] | None, Option(help="Multiply the dose by max(0, cos(hidden state, vector)).")
+    ] = None,
+    backtrack: Annotated[
+        bool | None, Option("--backtrack", help="Rewind rows that break down and go on with a smaller coefficient.")
+    ] = None,
+    max_surprise: Annotated[
+        float | None,
+        Option(
+            metavar="NATS",
+            min=0,
+            help="Surprise of the unsteered model beyond its own entropy, a token over the last 16, that rewinds. "
+            f"[{GenConfig.max_surprise:g}]",
+        ),
+    ] = None,
+    max_rep: Annotated[
+        float | None,
+        Option(metavar="SHARE", min=0, help=f"Repetition in the last 64 tokens that rewinds. [{GenConfig.max_rep:g}]"),
+    ] = None,
+    rewind: Annotated[int | None, Option(metavar="N", min=1, help=f"Tokens to go back. [{GenConfig.rewind}]")] = None,
+    shrink: Annotated[
+        float | None,
+        Option(metavar="SHARE", min=0, max=1, help=f"Factor of the coefficient at each. [{GenConfig.shrink:g}]"),
+    ] = None,
+    max_rewinds: Annotated[
+        int | None, Option(metavar="N", min=1, help=f"Rewinds of a row at most. [{GenConfig.max_rewinds}]")
     ] = None,
     samples: Annotated[
         int | None, Option(metavar="N", min=1, help=f"Samples for each coefficient. [{GenConfig.samples}]")
@@ -109,19 +168,32 @@ def command(
         raise usage("needs -o FILE, since a pipe keeps nothing", "--resume")
     if prompts is not None and pool is not None:
         raise usage("give either PROMPTS or --pool", "--pool")
-    coeffs = numbers(coeff, "--coeff")
+    auto = coeff == "auto"
+    if auto and vec is None:
+        raise usage("auto needs --vec", "--coeff")
+    if not auto and (survival is not None or target_kl is not None):
+        raise usage("--survival and --target-kl go with --coeff auto")
+    if survival is not None and target_kl is not None:
+        raise usage("give one of --survival and --target-kl")
+    aim = {"kl": target_kl} if target_kl is not None else {"survival": SURVIVAL if survival is None else survival}
+    coeffs = GenConfig.coeffs if auto else numbers(coeff, "--coeff")  # a stand-in, so that no advice is taken
     artifact = vector_header(vec) if vec is not None else None
     where = Where(model, revision, adapter, no_parents, allow_mismatch, trust_remote_code, device, dtype)
     ref = find_model(where, artifact)
     flags = {"coeffs": coeffs, "samples": samples, "limit": count, "max_new_tokens": max_new_tokens,
              "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "greedy": greedy,
              "system": system, "score": False if no_score else None, "shared_noise": shared_noise, "seed": seed,
-             "batch_size": batch_size}  # fmt: skip
+             "batch_size": batch_size, "scope": scope, "schedule": schedule, "horizon": horizon, "final": final,
+             "gate": gate, "backtrack": backtrack, "max_surprise": max_surprise, "max_rep": max_rep,
+             "rewind": rewind, "shrink": shrink, "max_rewinds": max_rewinds}  # fmt: skip
     if prompts is None and count is None:
         flags["limit"] = POOL_PROMPTS
     cfg = settle(GenConfig, flags, "gen", ref)
+    _refuse_idle(cfg, flags)
     asked = prompts_for(prompts, pool, artifact)
     settings = _settings(cfg, asked, ref.id, ref.revision, chain_given(adapter), vec, artifact)
+    if auto:  # the target stands for the coefficient, which nobody knows yet
+        settings["coeffs"] = ["auto", aim]
     target = _target(out, settings, bool(resume), bool(force))
     if target is not None and target.complete:
         console.note(f"{out} is complete already")
@@ -131,11 +203,55 @@ def command(
         from shl.core.vectors import Vector
         from shl.gen import generate
 
-        loaded = load_model(where, ref, artifact)
         vector = Vector.load(vec) if vec is not None else None
-        return generate(loaded, asked, cfg, vector, start=start, allow_mismatch=bool(allow_mismatch))
+        loaded = load_model(where, ref, artifact, vector)
+        chosen = cfg
+        if auto and vector is not None:
+            probe = settle(DoseConfig, {"seed": cfg.seed}, "dose", ref)
+            found = _begun(target) or _search(loaded, vector, asked, aim, probe)
+            chosen = replace(cfg, coeffs=(0.0, found))
+        return generate(loaded, asked, chosen, vector, start=start, allow_mismatch=bool(allow_mismatch))
 
     _write(sampled, target)
+
+
+def _refuse_idle(cfg: GenConfig, flags: dict[str, Any]) -> None:
+    """A flag that does nothing without another is a mistake, and so is a course that contradicts itself."""
+    course_of(cfg)
+    for needed, names in (
+        ("schedule", ("horizon", "final")),
+        ("backtrack", ("max_surprise", "max_rep", "rewind", "shrink", "max_rewinds")),
+    ):
+        idle = [name for name in names if flags[name] is not None]
+        if idle and getattr(cfg, needed) in ("constant", False):
+            raise usage(f"goes with --{needed}", "--" + idle[0].replace("_", "-"))
+
+
+def _begun(target: PartFile | None) -> float | None:
+    """The coefficient that an unfinished file was begun with, so that it is not searched again."""
+    if target is None or not target.lines:
+        return None
+    return next((float(row["coeff"]) for row in records.read_records(target.part) if row["coeff"]), None)
+
+
+def _search(
+    loaded: Loaded, vector: Vector, prompts: list[records.Prompt], aim: dict[str, float], probe: DoseConfig
+) -> float:
+    """The coefficient that shl dose finds, for a dose that is the same at every position."""
+    from shl.dose import by_kl, by_survival
+
+    try:
+        if "kl" in aim:
+            dose = by_kl(loaded, vector, prompts, aim["kl"], probe)
+            met = f"KL to the unsteered model is {dose.value:.3g} nats"
+        else:
+            dose = by_survival(loaded, vector, prompts, aim["survival"], probe)
+            met = f"{dose.value:.0%} of the probe survive the filter"
+    except ShlError as error:
+        error.hint = "search it with shl dose, which has --ceiling, and give --coeff 0,X"
+        raise
+    console.note(f"coefficient {dose.coeff:.4g}, at which {met}")
+    return float(f"{dose.coeff:.4g}")
 
 
 def _settings(
@@ -160,14 +276,14 @@ def _settings(
     }
 
 
-def _target(out: Path | None, settings: dict[str, Any], resume: bool, force: bool) -> files.PartFile | None:
+def _target(out: Path | None, settings: dict[str, Any], resume: bool, force: bool) -> PartFile | None:
     """The resumable file, or None for stdout."""
     if out is None or str(out) == "-":
         return None
-    return files.PartFile(out, settings, resume=resume, force=force)
+    return PartFile(out, settings, resume=resume, force=force)
 
 
-def _write(sampled: Any, target: files.PartFile | None) -> None:
+def _write(sampled: Any, target: PartFile | None) -> None:
     """Write records as they come, to stdout or to the unfinished file."""
     handle = files.data_stdout() if target is None else target.writer()
     begun, count, tokens = time.monotonic(), 0, 0

@@ -116,15 +116,18 @@ def command(
         heal(loaded, chosen, cfg, out, bool(force), source=source)
 
 
+_PLURAL = {"model": "models", "adapters": "adapters", "vector": "vectors"}
+
+
 def _origin(rows: list[dict[str, Any]], allow_mismatch: bool) -> dict[str, Any]:
-    """The model and chain that the records were sampled from: one for all of them."""
+    """The model and chain that the records were sampled from: one for all of them, and one vector."""
     found: dict[str, Any] = {}
-    for name in ("model", "adapters"):
+    for name in ("model", "adapters", "vector"):
         values = [row[name] for row in rows if row.get(name) is not None]
         if any(value != values[0] for value in values) and not allow_mismatch:
             raise Mismatch(
-                f"the records come from different {name}", hint="train on one at a time, or --allow-mismatch"
+                f"the records come from different {_PLURAL[name]}", hint="train on one at a time, or --allow-mismatch"
             )
-        if values:
+        if values and name != "vector":
             found[name] = values[0]
     return found

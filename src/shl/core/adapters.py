@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from shl.core import console
 from shl.core.errors import Mismatch, ShlError
-from shl.core.peft_dir import PREFIX, peft_config
+from shl.core.peft_dir import PREFIX, by_pattern, peft_config
 from shl.core.peft_dir import Adapter as Adapter
 from shl.core.peft_dir import read_adapter as read_adapter
 from shl.core.peft_dir import write_adapter as write_adapter
@@ -113,12 +112,7 @@ def _read_parent(adapter: Adapter, folder: Path, digest: str) -> Adapter:
 
 def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     """alpha / r of one module, with PEFT's patterns by module name."""
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
-    return float(alpha) / rank
+    return float(by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])) / rank
 
 
 def factors(adapter: Adapter) -> dict[str, Factors]:

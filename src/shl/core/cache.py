@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from shl.core.errors import ShlError
 from shl.core.models import Loaded
 
 # Model types whose masks per decoding step are slices of the padding mask; the tests compare each with the library's.
@@ -53,6 +54,27 @@ class GrowingLayer(DynamicLayer):
             self.keys, self.values = self._room_k[:, :, :used], self._room_v[:, :, :used]
 
 
+def check_replaceable(cache: DynamicCache) -> None:
+    """Refuse a cache whose rows cannot be replaced, such as one that holds a running state instead of tokens."""
+    if odd := {type(layer).__name__ for layer in cache.layers} - {"GrowingLayer", "DynamicSlidingWindowLayer"}:
+        raise ShlError(f"rows of a cache with {', '.join(sorted(odd))} cannot be rewound", hint="leave --backtrack out")
+
+
+def replace_rows(cache: DynamicCache, rows: Tensor, part: DynamicCache) -> None:
+    """Put the states of a shorter cache in the place of some rows, at their right end, and zeros before them.
+
+    Columns are aligned at the newest token, as left padding has it; a sliding layer holds the last of them.
+    """
+    for layer, fresh in zip(cache.layers, part.layers, strict=True):
+        if not layer.is_initialized:  # one that reads the states of another
+            continue
+        layer.keys[rows] = layer.values[rows] = 0
+        if fresh.is_initialized:
+            n = min(layer.keys.shape[2], fresh.keys.shape[2])
+            layer.keys[rows, :, -n:] = fresh.keys[:, :, -n:]
+            layer.values[rows, :, -n:] = fresh.values[:, :, -n:]
+
+
 def new_cache(loaded: Loaded) -> DynamicCache:
     """An empty cache in the layout that the model asks for."""
     cache = DynamicCache(config=loaded.model.config)
@@ -82,6 +104,12 @@ class DecodeMasks:
     def keep(self, rows: Tensor) -> None:
         """Drop rows."""
         self.full = self.full[rows]
+        self._pads()
+
+    def shorten(self, rows: Tensor, lengths: Tensor) -> None:
+        """Let only the last columns of some rows hold tokens: `lengths` of those seen so far."""
+        columns = torch.arange(self.seen, device=self.full.device)
+        self.full[rows, : self.seen] = columns >= self.seen - lengths[:, None]
         self._pads()
 
     def step(self) -> Any:

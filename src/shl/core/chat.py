@@ -77,6 +77,10 @@ class Chat:
 
     def encode_text(self, text: str, *, raw: bool) -> list[int]:
         """Token ids of a text: raw text gets the tokenizer's own beginning, templated text brings it along."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # an argument that is no UTF-8; files have been checked
+            raise ShlError("a prompt holds half a character", hint="type the text of options in UTF-8") from None
         ids = list(self.tokenizer(text, add_special_tokens=raw)["input_ids"])
         if raw and ids and ids[-1] == self.tokenizer.eos_token_id:
             ids.pop()
@@ -111,11 +115,17 @@ class Chat:
 
     def _apply(self, messages: Messages, think: bool, *, closed: bool = False) -> str:
         begun = messages[-1]["role"] == "assistant"
-        return self.tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=not begun,
-            continue_final_message=begun and not closed,
-            enable_thinking=think,
-            **_FIXED,
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=not begun,
+                continue_final_message=begun and not closed,
+                enable_thinking=think,
+                **_FIXED,
+            )
+        except Exception as error:  # a template may raise anything; it runs in a sandbox, and is a stranger's
+            raise ShlError(
+                f"the model's chat template does not take these messages: {error}",
+                hint="look at the order of roles in the prompt, or at chat_template in the model's folder",
+            ) from error

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
+
+# what a terminal obeys instead of showing: control characters, and marks that turn the order of letters round
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def plain(text: str, lines: bool = False) -> str:
+    """Text of anybody's that a terminal shows and never obeys; on one line unless `lines`."""
+    shown = _OBEYED.sub(lambda match: _escape(match.group()), text)
+    return shown if lines else shown.replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _escape(letter: str) -> str:
+    code = ord(letter)
+    return "\\r" if letter == "\r" else f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 class _Level:
@@ -30,7 +45,7 @@ def set_level(quiet: bool = False, verbose: int = 0) -> None:
 
 def say(message: str) -> None:
     """Write one message to stderr. Looked up at call time, so that a live progress bar can step aside."""
-    sys.stderr.write(message + "\n")
+    sys.stderr.write(plain(message, lines=True) + "\n")
     sys.stderr.flush()
 
 
@@ -63,14 +78,14 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
         console.width = 120
-    grid = Table(title=Text(title), box=box.SIMPLE, title_justify="left")
+    grid = Table(title=Text(plain(title)), box=box.SIMPLE, title_justify="left")
     for position, column in enumerate(columns):
-        grid.add_column(Text(column), justify="left" if position == 0 else "right")
+        grid.add_column(Text(plain(column)), justify="left" if position == 0 else "right")
     for row in rows:
         grid.add_row(*(Text(_cell(value)) for value in row))
     console.print(grid)
     if caption:  # not rich's own, which is as narrow as the table
-        console.print(caption, markup=False)
+        console.print(plain(caption), markup=False)
 
 
 @contextmanager
@@ -100,7 +115,7 @@ def _cell(value: object) -> str:
     """A value as a table cell: missing values as a dash, floats with four significant digits."""
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else plain(str(value))
 
 
 class _Silent:

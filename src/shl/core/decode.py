@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from shl.core.batches import left_pad, positions_of
-from shl.core.cache import DecodeMasks, new_cache
+from shl.core.cache import DecodeMasks, check_replaceable, new_cache, replace_rows
 from shl.core.errors import ShlError
 from shl.core.hooks import Steering
 from shl.core.models import Loaded
+from shl.core.sampling import Sampling, draw, noise, surprises
+from shl.core.trajectory import Course, Step, Track
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn. A top_k, top_p or min_p of 0 (1 for top_p) leaves that filter out."""
-
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_k: int = 64
-    top_p: float = 0.95
-    min_p: float = 0.0
-    greedy: bool = False
+__all__ = ["Completion", "Sampling", "decode", "draw"]
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer: its tokens (forced ones first, the stop token left out), text, and why it ended."""
+    """One sampled answer: its tokens (forced ones first, the stop token left out), text, and why it ended.
+
+    `track` tells the doses and rewinds on the way, when the dose was not simply constant.
+    """
 
     ids: list[int]
     text: str
     finish: str
     n_tokens: int
+    track: Track | None = field(default=None, compare=False, repr=False)
 
 
 OnFinish = Callable[[int, Completion], None]
@@ -49,6 +45,7 @@ def decode(
     sampling: Sampling,
     steering: Steering | None = None,
     coeffs: Sequence[float] | None = None,
+    course: Course | None = None,
     forced: Sequence[list[int]] | None = None,
     batch_size: int = 64,
     on_finish: OnFinish | None = None,
@@ -56,131 +53,169 @@ def decode(
     """Sample one completion for each prompt, in the order of the prompts.
 
     Prompts of like length share a batch. `forced` gives the tokens that an answer begins with; they are no part of
-    max_new_tokens. An active `steering` takes the rows' coefficients from `coeffs`.
+    max_new_tokens. An active `steering` takes the rows' coefficients from `coeffs`, which `course` spreads over the
+    positions. Rows that can be rewound bring an unsteered twin into the batch, beyond `batch_size`.
     """
-    if coeffs is not None and steering is None:
+    course = course or Course()
+    if steering is None and (coeffs is not None or not course.plain):
         raise ShlError("coefficients were given without a steering vector")
     starts = forced if forced is not None else [[]] * len(prompts)
-    inputs = [[*prompt, *start] for prompt, start in zip(prompts, starts, strict=True)]
-    done: list[Completion | None] = [None] * len(inputs)
-    order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
+    doses = coeffs if coeffs is not None else [0.0] * len(prompts)
+    tracks = [Track(*row, course) for row in zip(prompts, starts, doses, strict=True)]
+    done: list[Completion | None] = [None] * len(tracks)
+    order = sorted(range(len(tracks)), key=lambda i: -len(tracks[i].input))
     with torch.inference_mode():
         for at in range(0, len(order), batch_size):
             rows = order[at : at + batch_size]
             if steering is not None and coeffs is not None:
                 steering.set([coeffs[i] for i in rows])
-            sampled = _batch(loaded, [inputs[i] for i in rows], [seeds[i] for i in rows], sampling, steering)
-            for i, (ids, finish) in zip(rows, sampled, strict=True):
-                ids = [*starts[i], *ids]
-                done[i] = completion = Completion(ids, loaded.chat.decode(ids), finish, len(ids))
+            _batch(loaded, [tracks[i] for i in rows], [seeds[i] for i in rows], sampling, steering)
+            for i in rows:
+                ids, finish = tracks[i].ids, tracks[i].finish or "length"
+                told = None if course.plain else tracks[i]
+                done[i] = completion = Completion(ids, loaded.chat.decode(ids), finish, len(ids), told)
                 if on_finish is not None:
                     on_finish(i, completion)
     return [completion for completion in done if completion is not None]
 
 
 def _batch(
-    loaded: Loaded, inputs: list[list[int]], seeds: list[int], sampling: Sampling, steering: Steering | None
-) -> list[tuple[list[int], str]]:
-    """Decode one batch to its end: for each row the sampled ids without the stop token, and the finish."""
-    state = _State(loaded, inputs, seeds, sampling)
+    loaded: Loaded, tracks: list[Track], seeds: list[int], sampling: Sampling, steering: Steering | None
+) -> None:
+    """Decode one batch to its end: every track gets its tokens and its finish."""
+    state = _State(loaded, tracks, seeds, sampling, steering)
     stop = loaded.stop_ids
-    alive = list(range(len(inputs)))
-    out: list[list[int]] = [[] for _ in inputs]
-    ended = [False] * len(inputs)
-    for step in range(sampling.max_new_tokens):
-        tokens = state.sample(step)
-        for row, token in zip(alive, tokens.tolist(), strict=True):
-            if not ended[row]:
-                ended[row] = token in stop
-                if not ended[row]:
-                    out[row].append(token)
-        left = [k for k, row in enumerate(alive) if not ended[row]]
-        if not left or step + 1 == sampling.max_new_tokens:
-            break
-        if len(alive) - len(left) >= max(1, len(alive) // 16):
-            keep = torch.tensor(left, device=tokens.device)
-            tokens = tokens[keep]
-            state.keep(keep)
-            if steering is not None:
-                steering.keep(keep)
-            alive = [alive[k] for k in left]
-        state.advance(tokens)
-    return [(ids, "stop" if stopped else "length") for ids, stopped in zip(out, ended, strict=True)]
+    while True:
+        tokens, steps = state.sample()
+        for track, token, step in zip(state.alive, tokens.tolist(), steps, strict=True):
+            if track.finish is not None:
+                continue
+            if token in stop:
+                track.finish = "stop"
+                continue
+            track.add(token, step)
+            if track.watched and (trouble := track.trouble(loaded.chat.decode)):
+                track.rewind(*trouble)
+            elif track.sampled == sampling.max_new_tokens:
+                track.finish = "length"
+        if all(track.finish is not None for track in state.alive):
+            return
+        state.advance(state.drop(tokens))
 
 
 class _State:
-    """What a running batch carries from step to step: cache, masks, positions, noise and the last logits."""
+    """What a running batch carries from step to step: cache, masks, positions, noise and the last logits.
 
-    def __init__(self, loaded: Loaded, inputs: list[list[int]], seeds: list[int], sampling: Sampling) -> None:
-        self.model = loaded.model
-        self.sampling = sampling
-        ids, mask = left_pad(inputs, loaded.device)
-        self.uniform = _noise(seeds, sampling, loaded.device)
-        self.masks = DecodeMasks(loaded, mask, sampling.max_new_tokens)
+    Rows of the tensors are the tracks that are still alive, and behind them the unsteered twins of those that are
+    watched. A twin reads the same tokens at dose 0, in the same pass.
+    """
+
+    def __init__(
+        self, loaded: Loaded, tracks: list[Track], seeds: list[int], sampling: Sampling, steering: Steering | None
+    ) -> None:
+        self.loaded, self.sampling, self.steering = loaded, sampling, steering
+        self.course = tracks[0].course
+        self.alive = tracks
+        self.twins = [k for k, track in enumerate(tracks) if track.watched]
+        limits = self.course.backtrack
+        steps = sampling.max_new_tokens + (limits.extra if limits and self.twins else 0)
+        self.uniform, self.drawn = noise(seeds, sampling, steps, loaded.device), 0
         self.cache: DynamicCache = new_cache(loaded)
+        if self.twins:
+            check_replaceable(self.cache)
+        ids, mask = left_pad([tracks[k].input for k in self.rows], loaded.device)
+        self.masks = DecodeMasks(loaded, mask, steps)
         self.position = mask.sum(1, keepdim=True)
-        self.logits = self._forward(ids, mask, positions_of(mask), logits_to_keep=1)
+        self._dial(range(len(self.rows)), ids.shape[1])
+        self.logits = self._forward(self.cache, ids, mask, positions_of(mask), logits_to_keep=1)
 
-    def _forward(self, ids: Tensor, mask: object, positions: Tensor, **kwargs: int) -> Tensor:
-        out = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            **kwargs,
+    @property
+    def rows(self) -> list[int]:
+        """For each row of the tensors, which of the tracks it reads."""
+        return [*range(len(self.alive)), *self.twins]
+
+    def _forward(self, cache: DynamicCache, ids: Tensor, mask: object, positions: Tensor, **kwargs: int) -> Tensor:
+        out = self.loaded.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **kwargs
         )
         return out.logits[:, -1]
 
-    def sample(self, step: int) -> Tensor:
-        """The next token of every row, from the row's own noise."""
+    def _dial(self, rows: Iterable[int], width: int, back: int = 0) -> None:
+        """Set the doses of the next pass: `width` positions that end `back` before the end of each track's input.
+
+        A plain course leaves the steering as it was set for the whole batch.
+        """
+        if self.steering is None or self.course.plain:
+            return
+        doses, n = [], len(self.alive)
+        for row in rows:
+            end = len(self.alive[row].input) - back if row < n else 0  # a twin has no dose anywhere
+            doses.append([self.alive[row].dose(i) if i >= 0 else 0.0 for i in range(end - width, end)])
+        self.steering.set(doses)
+
+    def sample(self) -> tuple[Tensor, list[Step | None]]:
+        """The next token of every track, from the track's own noise, and what there is to say of it."""
+        n = len(self.alive)
         if self.sampling.greedy:
-            return self.logits.argmax(-1)
-        return draw(self.logits, self.uniform[:, step : step + 1], self.sampling)
+            tokens = self.logits[:n].argmax(-1)
+        else:
+            tokens = draw(self.logits[:n], self.uniform[:, self.drawn : self.drawn + 1], self.sampling)
+        self.drawn += 1
+        if self.steering is None or self.course.plain:
+            return tokens, [None] * n
+        steps = [Step(track.coeff, dose) for track, dose in zip(self.alive, self.steering.dose(), strict=False)]
+        if self.twins:
+            surprise, excess = surprises(self.logits[n:], tokens[self.twins]).tolist()
+            for k, *read in zip(self.twins, surprise, excess, strict=True):
+                steps[k] = Step(*steps[k][:2], *read)
+        return tokens, list(steps)
 
     def advance(self, tokens: Tensor) -> None:
         """Feed the sampled tokens and keep the logits that follow them."""
+        if rewound := [k for k, track in enumerate(self.alive) if track.rewound]:
+            self._replay(rewound, tokens)
         mask = self.masks.step()
-        self.logits = self._forward(tokens[:, None], mask, self.position)
+        self._dial(range(len(self.rows)), 1)
+        fed = tokens[self.rows] if self.twins else tokens
+        self.logits = self._forward(self.cache, fed[:, None], mask, self.position)
         self.position = self.position + 1
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop rows from the batch together with their cache."""
+    def _replay(self, rewound: list[int], tokens: Tensor) -> None:
+        """Compute anew, at the new coefficient, what rewound tracks have read; their last token is fed next.
+
+        Nothing of the old pass stays in the cache, since what was kept of it had seen the old coefficient.
+        """
+        rows = [row for row, k in enumerate(self.rows) if k in rewound]
+        inputs = [self.alive[k].input[:-1] for k in self.rows if k in rewound]
+        part = new_cache(self.loaded)
+        if any(inputs):
+            ids, mask = left_pad(inputs, tokens.device)
+            self._dial(rows, ids.shape[1], back=1)
+            self._forward(part, ids, mask, positions_of(mask), logits_to_keep=1)
+        where = torch.tensor(rows, device=tokens.device)
+        lengths = torch.tensor([len(ids) for ids in inputs], device=tokens.device)
+        replace_rows(self.cache, where, part)
+        self.masks.shorten(where, lengths)
+        self.position[where] = lengths[:, None]
+        for k in rewound:
+            tokens[k] = self.alive[k].input[-1]
+            self.alive[k].rewound = False
+
+    def drop(self, tokens: Tensor) -> Tensor:
+        """Let ended tracks and unread twins leave the batch when they are many; the tokens of those that stay."""
+        n = len(self.alive)
+        left = [k for k, track in enumerate(self.alive) if track.finish is None]
+        read = [j for j, k in enumerate(self.twins) if k in left and self.alive[k].watched]
+        kept = [*left, *(n + j for j in read)]
+        if len(self.rows) - len(kept) < max(1, len(self.rows) // 16):
+            return tokens
+        rows = torch.tensor(kept, device=tokens.device)
         self.cache.batch_select_indices(rows)
         self.masks.keep(rows)
-        self.uniform = self.uniform[rows]
+        if self.steering is not None:
+            self.steering.keep(rows)
         self.position = self.position[rows]
-
-
-def _noise(seeds: list[int], sampling: Sampling, device: torch.device) -> Tensor:
-    """One uniform number for each row and step, from a generator of the row's own, drawn on the CPU."""
-    steps = 0 if sampling.greedy else sampling.max_new_tokens
-    rows = [torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(rows).to(device)
-
-
-def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """Tokens by inverse distribution function over the filtered softmax, most likely tokens first.
-
-    `uniform` is [rows, 1]. Filters act in the order top-k, top-p, min-p and keep a head of the sorted tokens.
-    """
-    if sampling.temperature <= 0:
-        return logits.argmax(-1)
-    scaled = logits.float() / sampling.temperature
-    width = scaled.shape[-1]
-    k = min(sampling.top_k or width, width)
-    top, index = torch.topk(scaled, k, dim=-1)
-    probs = torch.softmax(top, dim=-1)
-    cumulative = probs.cumsum(-1)
-    kept = _head_length(probs, cumulative, sampling)
-    target = uniform * cumulative.gather(-1, kept - 1)
-    chosen = (cumulative <= target).sum(-1, keepdim=True)
-    return index.gather(-1, torch.minimum(chosen, kept - 1)).squeeze(-1)
-
-
-def _head_length(probs: Tensor, cumulative: Tensor, sampling: Sampling) -> Tensor:
-    """How many of the sorted tokens the filters keep, [rows, 1]; at least one."""
-    inside = cumulative - probs < sampling.top_p if sampling.top_p < 1 else torch.ones_like(probs, dtype=torch.bool)
-    if sampling.min_p > 0:
-        inside &= probs >= sampling.min_p * probs[:, :1]
-    return inside.sum(-1, keepdim=True).clamp_(min=1)
+        self.uniform = self.uniform[rows[: len(left)]]
+        self.twins = [left.index(self.twins[j]) for j in read]
+        self.alive = [self.alive[k] for k in left]
+        return tokens[rows[: len(left)]]

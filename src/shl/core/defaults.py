@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin
 
 from shl.core.errors import ShlError
 
@@ -41,6 +42,18 @@ class GenConfig:
     # Records decoded before the first of them is written; a resumed run repeats its block. None: the batch size.
     block: int | None = None
     shared_noise: bool = False  # evaluation texts: the row's seed leaves out coefficient, arm and round
+    # the dose along the trajectory, see core/trajectory.py
+    scope: str = "all"  # where the vector is added: prompt, gen or all positions
+    schedule: str = "constant"  # constant, linear or exp over generated positions
+    horizon: int = 128  # generated tokens until the final share, which then stays
+    final: float = 0.25
+    gate: str | None = None  # cosine: the dose times relu(cos(hidden state, vector))
+    backtrack: bool = False
+    max_surprise: float = 1.0  # nats per token over the unsteered model's own entropy, running over 16 tokens
+    max_rep: float = 0.3  # repetition in the last 64 tokens
+    rewind: int = 24  # tokens
+    shrink: float = 0.7
+    max_rewinds: int = 6
 
 
 @dataclass(frozen=True)
@@ -133,16 +146,41 @@ def configure(cls: type[Config], step: str, recommended: Mapping[str, Any], **gi
 def advice(cls: type, step: str, recommended: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a model's shl.json that concerns a step: its own section over the keys at the top.
 
-    At the top, `layers` means the blocks to steer; the blocks to train are `train.layers`.
+    At the top, `layers` means the blocks to steer; the blocks to train are `train.layers`. `competence` names the
+    questions that the model can be asked there, and is no switch.
     """
     names = {field.name for field in fields(cls)}
-    top = {name: value for name, value in recommended.items() if name in names and step}
+    top = {name: value for name, value in recommended.items() if name in names - {"competence"} and step}
     if step != "vector":
         top.pop("layers", None)
     own = recommended.get(step, {})
+    if not isinstance(own, dict):
+        raise ShlError(f"the model's shl.json holds {step}, which is not an object", hint=_MEND)
     if unknown := set(own) - names:
-        raise ShlError(f"the model's shl.json recommends {', '.join(sorted(unknown))}, which shl {step} does not have")
-    return {name: _from_json(name, value) for name, value in {**top, **own}.items()}
+        raise ShlError(
+            f"the model's shl.json recommends {', '.join(sorted(unknown))}, which shl {step} does not have", hint=_MEND
+        )
+    found = {name: _from_json(name, value) for name, value in {**top, **own}.items()}
+    for field in fields(cls):
+        named = field.name in _OWN and isinstance(found.get(field.name), str)  # who judges and who asks
+        if field.name in found and not named and not _fits(found[field.name], field.type):
+            raise ShlError(f"the model's shl.json recommends {field.name} {found[field.name]!r}", hint=_MEND)
+    return found
+
+
+_OWN = ("judge", "competence")  # of the folder, not of a step
+_MEND = "mend the shl.json in the model's folder, or take that line out"
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value may stand where a field of this annotation does; an integer is a number too."""
+    if get_origin(kind) is UnionType:
+        return any(_fits(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(one, get_args(kind)[0]) for one in value)
+    if isinstance(value, bool) or kind is NoneType:
+        return kind is bool or (kind is NoneType and value is None)
+    return isinstance(value, int | float if kind is float else kind)
 
 
 def _from_json(name: str, value: Any) -> Any:

@@ -1,10 +1,14 @@
 """The exceptions a user is meant to see: a message, a hint with the next command to type, and an exit code."""
 
+LONGEST = 1000  # characters of a message; what a file holds may be quoted in it
+
 
 class ShlError(Exception):
     """A problem the user can mend. The command line prints it without a traceback."""
 
     def __init__(self, message: str, *, hint: str = "", code: int = 1) -> None:
+        if len(message) > LONGEST:
+            message = f"{message[: LONGEST // 2]} … {message[-LONGEST // 4 :]}"
         super().__init__(message)
         self.message = message
         self.hint = hint
@@ -14,8 +18,9 @@ class ShlError(Exception):
 class InputError(ShlError):
     """Something in an input file is wrong; `where` says which file, line and field."""
 
-    def __init__(self, message: str, *, where: str = "", hint: str = "") -> None:
-        super().__init__(f"{where}: {message}" if where else message, hint=hint)
+    def __init__(self, message: str, *, where: str = "", hint: str | None = None) -> None:
+        usual = "mend it there, or make the file again" if where else ""
+        super().__init__(f"{where}: {message}" if where else message, hint=usual if hint is None else hint)
         self.where = where
 
 

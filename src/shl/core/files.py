@@ -1,18 +1,19 @@
-"""Files that are complete when they exist: guarded stdout, atomic files and directories, resumable outputs."""
+"""Files that are complete when they exist: guarded stdout, atomic files and directories."""
 
 from __future__ import annotations
 
-import json
+import errno
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from shl.core.errors import Mismatch, ShlError
+from shl.core import litter
+from shl.core.errors import ShlError
 
 Target = Path | str | None
 
@@ -79,9 +80,22 @@ def refuse_existing(path: Path | str, force: bool = False, *, marker: str = "shl
         raise ShlError(f"{path} exists already", hint="add --force to replace it, or choose another -o")
 
 
+def refuse_links_out(folder: Path | str, name: str) -> Path:
+    """A file of a folder that came from elsewhere; a link that leaves the folder is refused."""
+    path = Path(folder) / name
+    if not path.resolve().is_relative_to(Path(folder).resolve()):
+        raise ShlError(
+            f"{path} is a link to a file outside its directory",
+            hint=f"if you trust it, copy it with its files: cp -rL {folder} COPY",
+        )
+    return path
+
+
 @contextmanager
 def atomic_file(path: Path | str, force: bool = False, mode: str = "w") -> Iterator[IO[Any]]:
     """Write a file that appears complete or not at all: temporary sibling, fsync, rename."""
+    if Path(path).is_dir():
+        raise ShlError(f"{path} is a directory", hint="name a file with -o")
     refuse_existing(path, force)
     target = Path(os.path.realpath(path))  # a link keeps pointing where it points
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
@@ -90,15 +104,16 @@ def atomic_file(path: Path | str, force: bool = False, mode: str = "w") -> Itera
             yield handle
         return
     target.parent.mkdir(parents=True, exist_ok=True)
+    litter.sweep(target)
     number, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    litter.hold(number)
     try:
         with open(number, mode, **text) as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
         os.chmod(temporary, default_mode())
-        refuse_existing(path, force)  # it may have appeared meanwhile
-        os.replace(temporary, target)
+        publish(Path(temporary), target, force)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -110,15 +125,62 @@ def atomic_dir(path: Path | str, force: bool = False, *, marker: str = "shl.json
     target = Path(os.path.abspath(path))
     refuse_existing(target, force, marker=marker)
     target.parent.mkdir(parents=True, exist_ok=True)
+    litter.sweep(target)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    number = os.open(temporary, os.O_RDONLY)
+    litter.hold(number)
     try:
         yield temporary
         _settle(temporary)
-        refuse_existing(target, force, marker=marker)
-        _swap(temporary, target)
+        if force:
+            refuse_existing(target, force, marker=marker)
+            _swap(temporary, target)
+        else:
+            publish(temporary, target)
+        _keep(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(number)
+
+
+def publish(fresh: Path, target: Path, force: bool = False) -> None:
+    """Give a finished file or directory its name; without force never over one that appeared meanwhile."""
+    try:
+        if force:
+            os.replace(fresh, target)
+        elif fresh.is_dir():
+            os.rename(fresh, target)  # fails where anything but an empty directory stands
+        else:
+            _name(fresh, target)
+    except FileExistsError:
+        refuse_existing(target)
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR):
+            refuse_existing(target)
+        raise
+    _keep(target.parent)
+
+
+def _name(fresh: Path, target: Path) -> None:
+    """Rename a file where there is none. A second name fails, unlike a rename, when the name is taken."""
+    try:
+        os.link(fresh, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL):
+            raise
+        refuse_existing(target)  # a file system without second names
+        os.replace(fresh, target)
+    else:
+        os.unlink(fresh)
+
+
+def _keep(folder: Path) -> None:
+    """Have the disk hold the names in a folder."""
+    with suppress(OSError):  # some file systems cannot
+        _fsync(str(folder))
 
 
 def _settle(root: Path) -> None:
@@ -152,72 +214,4 @@ def _swap(fresh: Path, target: Path) -> None:
     except BaseException:
         os.replace(aside, target)
         raise
-    shutil.rmtree(aside)
-
-
-class PartFile:
-    """An output that grows as F.part, survives a kill, and is renamed to F when it is complete.
-
-    F.part.json beside it holds the settings, so that an unfinished file is never continued with others.
-    """
-
-    def __init__(
-        self, path: Path | str, settings: dict[str, Any], *, resume: bool = False, force: bool = False
-    ) -> None:
-        self.path = Path(path)
-        self.part = self.path.with_name(self.path.name + ".part")
-        self.plan = self.path.with_name(self.path.name + ".part.json")
-        self.settings = json.loads(json.dumps(settings, sort_keys=True))
-        if self.path.exists() and not self.path.is_file():
-            raise ShlError(f"{self.path} is not a plain file", hint="leave -o out, and redirect stdout instead")
-        self.complete = resume and not force and self.path.is_file()
-        self.lines = 0
-        if self.complete:
-            return
-        refuse_existing(self.path, force)
-        if resume and not force and self.part.exists():
-            self._check_settings()
-            self.lines = _repair(self.part)
-        elif self.part.exists() and not force:
-            raise ShlError(
-                f"{self.part} is left from a run that did not finish",
-                hint="add --resume to continue it, or --force to start again",
-            )
-
-    def _check_settings(self) -> None:
-        """Refuse to continue what was begun with other settings."""
-        if not self.plan.exists():
-            raise ShlError(f"{self.part} has no {self.plan.name} beside it", hint="add --force to start again")
-        begun = json.loads(self.plan.read_text(encoding="utf-8"))
-        changed = sorted(k for k in begun.keys() | self.settings.keys() if begun.get(k) != self.settings.get(k))
-        if changed:
-            raise Mismatch(
-                f"{self.part} was begun with another {', '.join(changed)}",
-                hint="repeat the line that began it, or add --force to start again",
-            )
-
-    @contextmanager
-    def writer(self) -> Iterator[IO[str]]:
-        """Append behind the lines that are there; the file is renamed when the block ends without an error."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.plan, force=True) as plan:
-            plan.write(json.dumps(self.settings, sort_keys=True) + "\n")
-        mode = "a" if self.lines else "w"
-        with guarded_stdout(), open(self.part, mode, encoding="utf-8", buffering=1, newline="\n") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(self.part, self.path)
-        self.plan.unlink(missing_ok=True)
-
-
-def _repair(path: Path) -> int:
-    """Cut a torn last line off, and count the complete ones."""
-    lines = size = 0
-    with open(path, "r+b") as handle:
-        for line in handle:
-            if not line.endswith(b"\n"):
-                break
-            lines, size = lines + 1, size + len(line)
-        handle.truncate(size)
-    return lines
+    shutil.rmtree(aside, ignore_errors=True)

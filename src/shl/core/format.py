@@ -47,7 +47,7 @@ def parse_reply(text: str, reverse: bool = False) -> str | None:
     for blob in reversed(_ANSWER.findall(text)):
         try:
             answer = json.loads(blob)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(answer, dict) and answer.get("answer") in DIGITS:
             return order(reverse)[int(answer["answer"])]

@@ -44,26 +44,32 @@ class _Hooks:
 
 
 class Steering(_Hooks):
-    """Adds coeff * v to the output of each chosen block, with one coefficient for each row of the batch.
+    """Adds coeff * v to the output of each chosen block: a coefficient for each row, or for each row and position.
 
     The coefficients sit in a tensor that stays while they change, so that nothing is registered anew. One
-    coefficient alone serves a batch of any size.
+    coefficient alone serves a batch of any size. With the gate `cosine` they are multiplied by max(0, cos(h, v)), h
+    being the state that the shift is added to: each position and block has a gate of its own.
     """
 
-    def __init__(self, loaded: Loaded, vector: dict[int, Tensor]) -> None:
+    def __init__(self, loaded: Loaded, vector: dict[int, Tensor], gate: str | None = None) -> None:
         super().__init__(loaded, list(vector))
         for layer, direction in vector.items():
             if direction.shape != (loaded.hidden,):
                 shape = tuple(direction.shape)
                 raise ShlError(f"the vector of block {layer} has shape {shape}, the model is {loaded.hidden} wide")
+        if gate not in (None, "cosine"):
+            raise ShlError(f"gate {gate!r} is not cosine")
         self.vector = {layer: vector[layer].detach().to(torch.float32) for layer in self.layers}
+        self.gate = gate
         self.coeff = torch.ones(1, 1, 1)
         self.fired = 0
         self._shift: dict[int, Tensor] = {}
+        self._dose: dict[int, Tensor] = {}
 
-    def set(self, coeffs: Sequence[float] | Tensor) -> None:
-        """Give each row of the next batch its coefficient."""
-        new = torch.as_tensor(coeffs, dtype=torch.float32).reshape(-1, 1, 1).cpu()
+    def set(self, coeffs: Sequence[float] | Sequence[Sequence[float]] | Tensor) -> None:
+        """Give each row of the next batch its coefficient, or one for each of its positions, [rows, positions]."""
+        new = torch.as_tensor(coeffs, dtype=torch.float32)
+        new = (new if new.dim() == 2 else new.reshape(-1, 1))[..., None].cpu()
         if new.shape == self.coeff.shape:
             self.coeff.copy_(new)
         else:
@@ -76,21 +82,48 @@ class Steering(_Hooks):
             self.coeff = self.coeff[rows.cpu()]
             self._shift = {layer: shift[rows.to(shift.device)] for layer, shift in self._shift.items()}
 
+    def dose(self) -> list[float]:
+        """For each row, what the coefficient came to at the last position of the last pass: mean over the blocks."""
+        if self.gate is None:
+            return self.coeff[:, -1, 0].tolist()
+        return torch.stack([self._dose[layer].cpu() for layer in self.layers]).mean(0).tolist()
+
     def _make(self, layer: int) -> Callable[..., Any]:
         def add(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
             hidden = _hidden(output)
-            shift = self._shift.get(layer)
-            if shift is None or shift.device != hidden.device or shift.dtype != hidden.dtype:
-                # multiplied in float32 and rounded once
-                shift = (self.coeff * self.vector[layer]).to(device=hidden.device, dtype=hidden.dtype)
-                self._shift[layer] = shift
-            if len(shift) not in (1, len(hidden)):
-                raise ShlError(f"{len(shift)} coefficients for a batch of {len(hidden)} rows")
+            rows, positions = self.coeff.shape[:2]
+            if rows not in (1, len(hidden)):
+                raise ShlError(f"{rows} coefficients for a batch of {len(hidden)} rows")
+            if positions not in (1, hidden.shape[1]):
+                raise ShlError(f"coefficients of {positions} positions for a pass of {hidden.shape[1]}")
             self.fired += 1
-            steered = hidden + shift
+            steered = hidden + (self._constant(layer, hidden) if self.gate is None else self._gated(layer, hidden))
             return (steered, *output[1:]) if isinstance(output, tuple) else steered
 
         return add
+
+    def _constant(self, layer: int, hidden: Tensor) -> Tensor:
+        """coeff * v, kept until the coefficients change."""
+        shift = self._shift.get(layer)
+        if shift is None or shift.device != hidden.device or shift.dtype != hidden.dtype:
+            # multiplied in float32 and rounded once
+            shift = (self.coeff.to(hidden.device) * self._direction(layer, hidden)).to(hidden.dtype)
+            self._shift[layer] = shift
+        return shift
+
+    def _gated(self, layer: int, hidden: Tensor) -> Tensor:
+        """coeff * max(0, cos(h, v)) * v for the states of this pass."""
+        direction = self._direction(layer, hidden)
+        agreement = torch.cosine_similarity(hidden.float(), direction, dim=-1)[..., None].clamp_(min=0)
+        dose = self.coeff.to(hidden.device) * agreement
+        self._dose[layer] = dose[:, -1, 0]
+        return (dose * direction).to(hidden.dtype)
+
+    def _direction(self, layer: int, hidden: Tensor) -> Tensor:
+        """The vector of a block, moved to where the block is, once."""
+        if self.vector[layer].device != hidden.device:
+            self.vector[layer] = self.vector[layer].to(hidden.device)
+        return self.vector[layer]
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         super().__exit__(kind, error, trace)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from shl.core.errors import ShlError
 from shl.core.provenance import digest_file, digest_of
+from shl.core.strict import read_object
 
 TOY = Path(__file__).parent.parent / "toy" / "weights"
 
@@ -40,9 +40,7 @@ def find(model_id: str, revision: str | None = None) -> ModelRef:
     if not (folder / "config.json").is_file():
         raise ShlError(f"no model at {folder}", hint=_missing_hint(model_id, folder))
     recommended = folder / "shl.json"
-    return ModelRef(
-        model_id, str(folder), revision, json.loads(recommended.read_text("utf-8")) if recommended.is_file() else {}
-    )
+    return ModelRef(model_id, str(folder), revision, read_object(recommended) if recommended.is_file() else {})
 
 
 def _missing_hint(model_id: str, folder: Path) -> str:

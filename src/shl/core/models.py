@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shl.core.chat import Chat, Messages
-from shl.core.errors import Mismatch, ShlError
+from shl.core.errors import InputError, Mismatch, ShlError
 from shl.core.locate import ModelRef, find, local_digest, parse_layers
+from shl.core.strict import read_object
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from shl.core.adapters import Adapter
+    from shl.core.vectors import Vector
 
 __all__ = ["Loaded", "ModelRef", "chain_digests", "find", "load", "local_digest", "parse_layers"]
 
@@ -132,15 +134,24 @@ def load(
     parents: bool = True,
     allow_mismatch: bool = False,
     trust_remote_code: bool = False,
+    vector: Vector | None = None,
 ) -> Loaded:
-    """Load a model in evaluation mode with its adapter chain merged into the weights."""
+    """Load a model in evaluation mode with its adapter chain merged into the weights.
+
+    A chain, or a `vector` to be used with it, that was made for another model is refused before weights are read.
+    """
     ref = find(model_id, revision)
     chain = _chain(adapters, parents)  # before anything heavy, so that a broken chain fails at once
     where, precision = _place(device, dtype)
+    about = _config(ref, trust_remote_code)
+    digest, size = _digest(ref, about), about.get_text_config()
+    _check_chain(ref, chain, digest, allow_mismatch)
+    if vector is not None:
+        vector.check_fit(ref.id, size.num_hidden_layers, size.hidden_size)
+        vector.check_origin(digest, chain_digests(chain), allow_mismatch=allow_mismatch)
     model, tokenizer = _read(ref, where, precision, trust_remote_code)
     config = model.config.get_text_config()
-    loaded = Loaded(model, tokenizer, ref, _digest(ref, model), chain, where, precision, _blocks(model, config), config)
-    _check_chain(loaded, allow_mismatch)
+    loaded = Loaded(model, tokenizer, ref, digest, chain, where, precision, _blocks(model, config), config)
     _merge(loaded)
     return loaded
 
@@ -176,6 +187,14 @@ def _place(device: str | None, dtype: str | None) -> tuple[torch.device, torch.d
     return where, known[name]
 
 
+def _config(ref: ModelRef, trust_remote_code: bool) -> PreTrainedConfig:
+    """What the model is, without its weights."""
+    from transformers import AutoConfig
+
+    with _told(ref):
+        return AutoConfig.from_pretrained(ref.path, revision=ref.revision, trust_remote_code=trust_remote_code)
+
+
 def _read(
     ref: ModelRef, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -184,13 +203,42 @@ def _read(
 
     logging.disable_progress_bar()
     common = {"revision": ref.revision, "trust_remote_code": trust_remote_code}
-    try:
+    _refuse_stray_shards(ref)
+    with _told(ref):
         tokenizer = AutoTokenizer.from_pretrained(ref.path, **common)
-        model = AutoModelForCausalLM.from_pretrained(ref.path, dtype=dtype, use_safetensors=True, **common)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ShlError(f"cannot load {ref.id}: {reason}", hint=_load_hint(ref)) from error
+        model, report = AutoModelForCausalLM.from_pretrained(
+            ref.path, dtype=dtype, use_safetensors=True, output_loading_info=True, **common
+        )
+    if missing := sorted(report["missing_keys"]):  # the library would go on with random numbers in their place
+        raise ShlError(
+            f"cannot load {ref.id}: {len(missing)} of its weights are missing, first of them {missing[0]}",
+            hint="a file is missing or damaged; download or copy the model again",
+        )
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def _refuse_stray_shards(ref: ModelRef) -> None:
+    """An index of weights names files of its own folder, and no others: those are what the digest covers."""
+    for index in Path(ref.path).glob("*.safetensors.index.json") if ref.local else ():
+        shards = read_object(index).get("weight_map")
+        names = shards.values() if isinstance(shards, dict) else [None]
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise InputError(f"names {name!r}, which is no file of this folder", where=str(index))
+
+
+@contextmanager
+def _told(ref: ModelRef) -> Iterator[None]:
+    """What the libraries say about files that they cannot read, in one sentence."""
+    try:
+        yield
+    except ShlError:
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ShlError(f"cannot load {ref.id}: {reason}", hint=_load_hint(ref)) from error
 
 
 def _load_hint(ref: ModelRef) -> str:
@@ -199,10 +247,10 @@ def _load_hint(ref: ModelRef) -> str:
     return "check the name and the network (HF_TOKEN for gated models), or give a local folder"
 
 
-def _digest(ref: ModelRef, model: PreTrainedModel) -> str:
+def _digest(ref: ModelRef, config: PreTrainedConfig) -> str:
     if ref.local:
         return local_digest(Path(ref.path))
-    commit = model.config._commit_hash
+    commit = config._commit_hash
     return f"{ref.id}@{commit or ref.revision or 'main'}"
 
 
@@ -222,14 +270,14 @@ def _blocks(model: PreTrainedModel, config: PreTrainedConfig) -> list[nn.Module]
     )
 
 
-def _check_chain(loaded: Loaded, allow_mismatch: bool) -> None:
+def _check_chain(ref: ModelRef, chain: Sequence[Adapter], digest: str, allow_mismatch: bool) -> None:
     """An adapter trained on another model is refused, even where its shapes would fit."""
-    for adapter in loaded.chain:
+    for adapter in chain:
         trained_on = adapter.meta.get("model_digest")
-        if trained_on in (None, loaded.digest) or allow_mismatch:
+        if trained_on in (None, digest) or allow_mismatch:
             continue
         raise Mismatch(
-            f"{adapter.path} was trained on {adapter.meta.get('model', 'another model')}, not on {loaded.ref.id}",
+            f"{adapter.path} was trained on {adapter.meta.get('model', 'another model')}, not on {ref.id}",
             hint="give that model with --model, or insist with --allow-mismatch",
         )
 
@@ -246,8 +294,13 @@ def _merge(loaded: Loaded) -> None:
     with torch.no_grad():
         for name, (a, b) in deltas(loaded.chain).items():
             if name not in params or params[name].shape != (b.shape[0], a.shape[1]):
-                raise Mismatch(f"the adapter changes {name}, which {loaded.ref.id} does not have in that shape")
+                raise Mismatch(
+                    f"the adapter changes {name}, which {loaded.ref.id} does not have in that shape",
+                    hint="give the model that it was trained on with --model",
+                )
             weight = params[name]
             delta = b.to(weight.device, torch.float32) @ a.to(weight.device, torch.float32)
+            if not torch.isfinite(delta).all():
+                raise ShlError(f"the adapters change {name} by numbers that are not finite", hint="look at their scale")
             loaded.originals[name] = weight.data
             weight.data = (weight.data.float() + delta).to(weight.dtype)

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shl.core import strict
 from shl.core.errors import InputError, ShlError
-from shl.core.provenance import digest_tensors
+from shl.core.files import refuse_links_out
+from shl.core.provenance import digest_tensors, read_safetensors
 from shl.core.tensors import save_safetensors
 
 CONFIG, WEIGHTS, META = "adapter_config.json", "adapter_model.safetensors", "shl.json"
 PREFIX = "base_model.model."
+_LARGEST_SCALE = 1e6  # of lora_alpha; what is beyond it is damage
 _NAME = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 # What plain LoRA is: any other value of these keys means arithmetic that a sum of low-rank products does not express.
@@ -56,15 +59,27 @@ class Adapter:
 
 def read_adapter(folder: Path | str, scale: float = 1.0) -> Adapter:
     """Read a PEFT directory of plain LoRA; anything else is refused with what to do about it."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
     config = _read_config(folder)
     weights = _inside(folder, WEIGHTS)
+    read_safetensors(weights)  # says what is wrong with a header better than the library
     digest = digest_tensors(weights, _header(config))
-    tensors = {name: tensor.float() for name, tensor in sorted(load_file(weights).items())}
-    _check_tensors(folder, tensors)
-    return Adapter(folder, config, tensors, _read_meta(folder), digest, scale)
+    meta = _read_meta(folder)
+    try:
+        tensors = {name: tensor.float() for name, tensor in sorted(load_file(weights).items())}
+    except SafetensorError as error:
+        raise InputError(f"is not a safetensors file: {error}", where=str(weights)) from error
+    _check_tensors(folder, tensors, config)
+    if meta.get("digest", digest) != digest:
+        raise InputError(
+            f"was changed after it was written: the digest in its {META} differs",
+            where=str(folder),
+            hint=f"copy it again; if the change is yours, take `digest` out of its {META}",
+        )
+    return Adapter(folder, config, tensors, meta, digest, scale)
 
 
 def write_adapter(
@@ -95,12 +110,7 @@ def _inside(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.is_file():
         raise ShlError(f"{folder} is not an adapter: it has no {name}", hint=_absent_hint(folder, name))
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ShlError(
-            f"{path} is a link to a file outside its directory",
-            hint=f"copy the adapter with its files: cp -rL {folder} COPY",
-        )
-    return path
+    return refuse_links_out(folder, name)
 
 
 def _absent_hint(folder: Path, name: str) -> str:
@@ -114,18 +124,9 @@ def _absent_hint(folder: Path, name: str) -> str:
     return f"an adapter directory holds {CONFIG} and {WEIGHTS}"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"is not JSON: {error}", where=str(path)) from error
-    if not isinstance(content, dict):
-        raise InputError("is not a JSON object", where=str(path))
-    return content
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
-    config = _read_json(_inside(folder, CONFIG))
+    path = _inside(folder, CONFIG)
+    config = strict.read_object(path)
     for name, allowed in _PLAIN.items():
         value = config.get(name, "LORA" if name == "peft_type" else None)
         if value is not None and value not in allowed:
@@ -133,44 +134,92 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f"{folder} is not plain LoRA: its {name} is {json.dumps(value)}",
                 hint="merge it into its model with peft's merge_and_unload, and give the result with --model",
             )
-    for name in ("r", "lora_alpha"):
-        if isinstance(config.get(name), bool) or not isinstance(config.get(name), int | float):
-            raise InputError(f"{name} is not a number", where=str(folder / CONFIG))
+    if not strict.is_number(config.get("r")) or config["r"] < 1 or config["r"] != int(config["r"]):
+        raise InputError("r is not a number of at least 1", where=str(path))
+    _check_scale(path, "lora_alpha", config.get("lora_alpha"))
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise InputError(f"{name} is not an object", where=str(path))
+        for pattern, value in (config.get(name) or {}).items():
+            _check_pattern(path, name, pattern)
+            _check_scale(path, f"{name} of {pattern!r}", value)
+    if not isinstance(config.get("fan_in_fan_out") or False, bool):
+        raise InputError("fan_in_fan_out is not true or false", where=str(path))
     return config
+
+
+def _check_scale(path: Path, name: str, value: Any) -> None:
+    if not strict.is_number(value) or abs(value) > _LARGEST_SCALE:
+        raise InputError(f"{name} is not a number up to {_LARGEST_SCALE:g}", where=str(path))
+
+
+def _check_pattern(path: Path, name: str, pattern: str) -> None:
+    """Patterns are regular expressions of a stranger's: one that does not compile, or could run for ever, is refused.
+
+    Without a repeated group and with few repeats, matching takes at most cubic time in the length of a module's name.
+    """
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise InputError(f"{name} holds {pattern!r}, which is no pattern: {error}", where=str(path)) from None
+    if len(pattern) > 200 or re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 2:
+        raise InputError(
+            f"{name} holds the pattern {pattern[:60]!r}, which is more than names and .* need",
+            where=str(path),
+            hint="write it without a repeated group, and with at most two of * + {",
+        )
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     """What shl wrote about the adapter; empty for one that other software made."""
     if not (folder / META).exists():
         return {}
-    meta = _read_json(_inside(folder, META))
+    path = _inside(folder, META)
+    meta = strict.read_object(path)
     parents = meta.get("parents", [])
     known = isinstance(parents, list) and all(
         isinstance(one, dict)
         and isinstance(one.get("path"), str)
         and isinstance(one.get("digest"), str)
-        and isinstance(one.get("scale", 1), int | float)
+        and strict.is_number(one.get("scale", 1))
+        and "\0" not in one["path"]
         for one in parents
     )
     if not known:
-        raise InputError("parents is not a list of objects with path, digest and scale", where=str(folder / META))
+        raise InputError("parents is not a list of objects with path, digest and scale", where=str(path))
+    if not isinstance(meta.get("config") or {}, dict):
+        raise InputError("config is not an object", where=str(path))
+    for name in ("model", "model_digest", "template"):
+        if not isinstance(meta.get(name), str | None):
+            raise InputError(f"{name} is not a string", where=str(path))
     return meta
 
 
-def _check_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Every tensor is one of a fitting pair of finite matrices."""
+def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Every tensor is one of a fitting pair of finite matrices, of the rank that the configuration says."""
     where = str(folder / WEIGHTS)
     if not tensors:
         raise InputError("holds no tensors", where=where)
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
         if match is None or tensor.ndim != 2:
-            raise InputError(f"{name} of shape {tuple(tensor.shape)} is not plain LoRA", where=where)
+            raise InputError(f"tensor {name!r} of shape {tuple(tensor.shape)} is not plain LoRA", where=where)
         if not torch.isfinite(tensor).all():
-            raise InputError(f"{name} holds numbers that are not finite", where=where)
+            raise InputError(f"tensor {name} holds numbers that are not finite", where=where)
         a, b = (f"{PREFIX}{match['module']}.lora_{side}.weight" for side in "AB")
         if a not in tensors or b not in tensors or tensors[a].shape[0] != tensors[b].shape[1]:
             raise InputError(f"{a} and lora_B do not make a pair", where=where)
+        rank = by_pattern(config.get("rank_pattern"), match["module"], config["r"])
+        if tensors[a].shape[0] != rank:
+            raise InputError(f"tensor {a} has rank {tensors[a].shape[0]}; {CONFIG} says {rank:g}", where=where)
+
+
+def by_pattern(patterns: Mapping[str, Any] | None, module: str, usual: Any) -> Any:
+    """What PEFT's patterns by module name say about one module: the first that matches its path or its end."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return usual
 
 
 def peft_config(

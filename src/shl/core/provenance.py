@@ -6,6 +6,8 @@ import datetime
 import functools
 import hashlib
 import json
+import math
+import re
 import shutil
 import subprocess
 import sys
@@ -14,12 +16,25 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from shl import __version__
+from shl.core import strict
 from shl.core.errors import InputError
 
 KEY = "shl"  # the metadata key of our safetensors files
-VOLATILE = ("adapter_paths", "argv", "commit", "created", "version")  # left out of digests
+VOLATILE = ("adapter_paths", "argv", "commit", "created", "digest", "version")  # left out of digests
 _CHUNK = 1 << 20
 _MAX_HEADER = 100_000_000  # the format's own limit
+_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+         "F64": 64, "I64": 64, "U64": 64}  # fmt: skip
+_AGAIN = "it is damaged, or is something else: copy it or make it again"
+# what a vector's header may hold where code relies on it; None is a key that may be null
+_NULL = type(None)
+_FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("model", "model_digest", "template", "method", "digest"), (str,)),
+    **dict.fromkeys(("revision", "model_type"), (str, _NULL)),
+    **dict.fromkeys(("adapters", "adapter_paths", "layers"), (list,)),
+    **dict.fromkeys(("norms", "residual_norms", "agreement"), (dict,)),
+    "personas": (dict, _NULL),
+}
 
 
 class TensorInfo(NamedTuple):
@@ -95,7 +110,7 @@ def commit() -> str | None:
 
 
 def read_safetensors(path: Path | str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The tensors and the metadata that a safetensors file declares. Reads the header only."""
+    """The tensors and the metadata that a safetensors file declares. Reads the header only, and checks all of it."""
     path = Path(path)
     if not path.is_file():
         raise InputError("no such file", where=str(path))
@@ -103,30 +118,48 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, TensorInfo], dict[str,
     with open(path, "rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         if size < 8 or length > min(_MAX_HEADER, size - 8):
-            raise InputError("is not a safetensors file, or is cut short", where=str(path))
+            raise InputError("is not a safetensors file, or is cut short", where=str(path), hint=_AGAIN)
         try:
-            declared = json.loads(handle.read(length))
+            declared = strict.loads(handle.read(length).decode("utf-8"))
             metadata = declared.pop("__metadata__", None) or {}
-            tensors = {name: _tensor_info(entry, 8 + length) for name, entry in sorted(declared.items())}
+            if not all(isinstance(text, str) for text in metadata.values()):
+                raise ValueError("its metadata holds more than text")
+            tensors = {name: _tensor_info(name, entry, 8 + length) for name, entry in sorted(declared.items())}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"is not a safetensors file: {error}", where=str(path)) from error
-    if any(info.end > size for info in tensors.values()):
-        raise InputError("is cut short", where=str(path), hint="copy or make it again")
+            raise InputError(f"is not a safetensors file: {error}", where=str(path), hint=_AGAIN) from error
+    _check_extent(path, tensors, 8 + length, size)
     return tensors, metadata
 
 
-def _tensor_info(entry: dict[str, Any], base: int) -> TensorInfo:
-    start, end = entry["data_offsets"]
-    return TensorInfo(entry["dtype"], tuple(entry["shape"]), base + start, base + end)
+def _tensor_info(name: str, entry: dict[str, Any], base: int) -> TensorInfo:
+    (start, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+    if not (isinstance(dtype, str) and isinstance(shape, list)):
+        raise ValueError(f"tensor {name!r} has no dtype or no shape")
+    if any(type(number) is not int or number < 0 for number in (start, end, *shape)):
+        raise ValueError(f"tensor {name!r} has sizes that are no counts")
+    if dtype in _BITS and (end - start) * 8 != math.prod(shape) * _BITS[dtype]:
+        raise ValueError(f"tensor {name!r} has {end - start} bytes, which is not what {dtype} {shape} takes")
+    return TensorInfo(dtype, tuple(shape), base + start, base + end)
+
+
+def _check_extent(path: Path, tensors: Mapping[str, TensorInfo], start: int, size: int) -> None:
+    """The tensors fill the file, one behind the other, without gaps: nothing is missing and nothing is hidden."""
+    for info in sorted(tensors.values(), key=lambda info: (info.start, info.end)):
+        if info.start != start or info.end < start:
+            raise InputError("has tensors that overlap or leave gaps", where=str(path), hint=_AGAIN)
+        start = info.end
+    if start != size:
+        what = "is cut short" if start > size else f"has {size - start} bytes behind its last tensor"
+        raise InputError(what, where=str(path), hint="copy or make it again")
 
 
 def read_header(path: Path | str) -> dict[str, Any]:
-    """The shl header of a safetensors file, such as a vector."""
+    """The shl header of a vector, checked: types of what code relies on, blocks, and the digest that it records."""
     if not Path(path).is_file():
         raise InputError(
             "no such vector", where=str(path), hint="make one with: shl vector --persona authority -o v.safetensors"
         )
-    _, metadata = read_safetensors(path)
+    tensors, metadata = read_safetensors(path)
     if KEY not in metadata:
         raise InputError(
             "was not written by shl: it has no shl header",
@@ -134,12 +167,34 @@ def read_header(path: Path | str) -> dict[str, Any]:
             hint="make a vector with: shl vector --pos TEXT --neg TEXT -o v.safetensors",
         )
     try:
-        meta = json.loads(metadata[KEY])
+        meta = strict.loads(metadata[KEY])
     except ValueError as error:
-        raise InputError(f"has a broken shl header: {error}", where=str(path)) from error
+        raise InputError(f"has a broken shl header: {error}", where=str(path), hint=_AGAIN) from error
     if not isinstance(meta, dict):
-        raise InputError("has a shl header that is not an object", where=str(path))
+        raise InputError("has a shl header that is not an object", where=str(path), hint=_AGAIN)
+    _check_fields(path, meta)
+    held = sorted(int(name[5:-2]) for name in tensors if re.fullmatch(r"layer(0|[1-9][0-9]{0,5})\.v", name))
+    if "layers" in meta and meta["layers"] != held:
+        raise InputError(f"declares blocks {meta['layers']} and holds {held}", where=str(path), hint=_AGAIN)
+    if "digest" in meta and digest_tensors(path, meta) != meta["digest"]:
+        raise InputError(
+            "was changed after it was written: its digest differs",
+            where=str(path),
+            hint="copy or make it again; if the change is yours, take `digest` out of its shl header",
+        )
     return meta
+
+
+def _check_fields(path: Path | str, meta: Mapping[str, Any]) -> None:
+    for name, kinds in _FIELDS.items():
+        if name in meta and not isinstance(meta[name], kinds):
+            raise InputError(f"is not of type {kinds[0].__name__}", where=f"{path}: header: {name}")
+    for name in ("adapters", "adapter_paths"):
+        if not all(isinstance(one, str) for one in meta.get(name, ())):
+            raise InputError("is not a list of strings", where=f"{path}: header: {name}")
+    for name, text in (meta.get("personas") or {}).items():
+        if not isinstance(text, str | None):
+            raise InputError("is not a string", where=f"{path}: header: personas.{name}")
 
 
 def digest_tensors(path: Path | str, meta: Mapping[str, Any] | None = None) -> str:

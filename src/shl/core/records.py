@@ -14,6 +14,7 @@ from typing import IO, Any, NamedTuple
 
 import jsonlines
 
+from shl.core import strict
 from shl.core.errors import InputError
 
 Source = Path | str | IO[str] | Iterable[str] | None
@@ -21,7 +22,11 @@ Message = dict[str, str]
 Record = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
+LONGEST = 16 << 20  # bytes of a line; a longer one is a damaged file, and would not fit beside others in memory
+MOST_SAID = 1 << 20  # characters of a completion
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# what a terminal obeys or a reader takes for the end of a line; JSON can say it without holding it
+_ESCAPED = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _NUMBER = (int, float)
 _KINDS: dict[type | tuple[type, ...], str] = {
     _NUMBER: "a number",
@@ -39,10 +44,13 @@ _OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "vector": str,
     "n_tokens": int,
     "finish": str,
+    "trajectory": dict,
     "scores": dict,
     "keep": bool,
     "reasons": list,
 }
+# the scores that shl measures; others are anybody's, and may be anything
+_MEASURED = frozenset(("ppl", "ppl_tail", "max_nll", "n_tokens", "rep", "distinct"))
 
 
 @dataclass(frozen=True)
@@ -62,10 +70,10 @@ class Pair(NamedTuple):
     neg: str | list[Message]
 
 
-def dumps(obj: Any) -> str:
-    """One line of JSON. NaN is refused; a lone surrogate, which UTF-8 cannot hold, is escaped."""
-    line = json.dumps(obj, ensure_ascii=False, allow_nan=False)
-    return _SURROGATE.sub(lambda match: f"\\u{ord(match.group()):04x}", line)
+def dumps(obj: Any, indent: int | None = None) -> str:
+    """JSON on one line, or indented. NaN is refused; control characters and lone surrogates are escaped."""
+    text = json.dumps(obj, ensure_ascii=False, allow_nan=False, indent=indent)
+    return _ESCAPED.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
 
 
 def write_record(handle: IO[str], record: Record) -> None:
@@ -93,9 +101,43 @@ def check_record(record: Record, where: str = "record") -> None:
     check_messages(record.get("completion"), f"{where}: completion")
     if len(record["completion"]) != 1 or record["completion"][0]["role"] != "assistant":
         raise InputError("is not a list of one assistant message", where=f"{where}: completion")
+    if (said := len(record["completion"][0]["content"])) > MOST_SAID:
+        raise InputError(f"has {said} characters, and no completion has more than {MOST_SAID}",
+                         where=f"{where}: completion", hint="leave that record out")  # fmt: skip
     for name, kind in _OPTIONAL.items():
         if record.get(name) is not None:
             _typed(record, name, kind, where)
+    if (record.get("n_tokens") or 0) < 0:
+        raise InputError("is less than none", where=f"{where}: n_tokens")
+    for name in ("adapters", "reasons"):
+        if not all(isinstance(one, str) for one in record.get(name) or ()):
+            raise InputError("is not a list of strings", where=f"{where}: {name}")
+    for name in _MEASURED & (record.get("scores") or {}).keys():
+        if record["scores"][name] is not None:
+            _typed(record["scores"], name, _NUMBER, f"{where}: scores")
+    if record.get("trajectory") is not None:
+        _check_trajectory(record["trajectory"], record.get("n_tokens"), f"{where}: trajectory")
+
+
+def _check_trajectory(told: dict[str, Any], n_tokens: int | None, where: str) -> None:
+    """Refuse doses that are not those of the completion's tokens, and rewinds that go forward."""
+    _objects_of(told, "spans", {"tokens": int, "coeff": _NUMBER, "dose": _NUMBER}, where)
+    if n_tokens is not None and (total := sum(span["tokens"] for span in told["spans"])) != n_tokens:
+        raise InputError(f"tells of {total} tokens where there are {n_tokens}", where=f"{where}: spans")
+    if "rewinds" in told:
+        _objects_of(told, "rewinds", {"at": int, "to": int, "coeff": _NUMBER, "why": str, "value": _NUMBER}, where)
+        if any(not 0 <= one["to"] < one["at"] for one in told["rewinds"]):
+            raise InputError("holds one that does not go back", where=f"{where}: rewinds")
+
+
+def _objects_of(raw: dict[str, Any], name: str, kinds: dict[str, Any], where: str) -> None:
+    """Refuse a field that is not a list of objects with fields of these kinds."""
+    _typed(raw, name, list, where)
+    for index, one in enumerate(raw[name]):
+        if not isinstance(one, dict):
+            raise InputError("is not an object", where=f"{where}: {name}[{index}]")
+        for key, kind in kinds.items():
+            _typed(one, key, kind, f"{where}: {name}[{index}]")
 
 
 def check_messages(value: Any, where: str) -> None:
@@ -120,12 +162,13 @@ def read_prompts(source: Source) -> list[Prompt]:
     """Prompts from JSON Lines, or from plain text with one prompt a line. Ids are unique."""
     prompts: list[Prompt] = []
     places: dict[str, str] = {}
+    repeats: dict[str, int] = {}
     for where, raw in _read_either(source):
         prompt = parse_prompt(raw, where)
         if prompt.id in places:
-            if "id" in raw:
+            if raw.get("id") is not None:
                 raise InputError(f"{prompt.id!r} is taken already by {places[prompt.id]}", where=f"{where}: id")
-            prompt = Prompt(_free_id(prompt.id, places), prompt.messages, prompt.system, prompt.extra)
+            prompt = Prompt(_free_id(prompt.id, places, repeats), prompt.messages, prompt.system, prompt.extra)
         places[prompt.id] = where
         prompts.append(prompt)
     if not prompts:
@@ -180,11 +223,12 @@ def _content_id(messages: list[Message], system: str | None) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _free_id(base: str, taken: Iterable[str]) -> str:
+def _free_id(base: str, taken: Iterable[str], repeats: dict[str, int]) -> str:
     """The first of base-2, base-3, … that is not taken: the same prompt twice is two prompts."""
-    number = 2
+    number = repeats.get(base, 1) + 1
     while f"{base}-{number}" in taken:
         number += 1
+    repeats[base] = number
     return f"{base}-{number}"
 
 
@@ -198,14 +242,6 @@ def _typed(raw: dict[str, Any], name: str, kind: type | tuple[type, ...], where:
         raise InputError("holds half a surrogate pair, which is no character", where=f"{where}: {name}")
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _loads(line: str | bytes) -> Any:
-    return json.loads(line, parse_constant=_refuse_constant)
-
-
 def _objects(name: str, lines: Iterable[bytes | str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Decode numbered lines, skipping blank ones."""
     number = 0
@@ -216,7 +252,7 @@ def _objects(name: str, lines: Iterable[bytes | str]) -> Iterator[tuple[str, dic
             number += 1
             yield line
 
-    reader = jsonlines.Reader(counted(), loads=_loads)
+    reader = jsonlines.Reader(counted(), loads=strict.loads)
     while True:
         try:
             value = reader.read(type=dict, skip_empty=True)
@@ -231,7 +267,7 @@ def _objects(name: str, lines: Iterable[bytes | str]) -> Iterator[tuple[str, dic
 def _read_either(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
     """Objects of a JSON Lines source, or a `user` object for each line of plain text.
 
-    The file's name decides when it ends in .txt, else its first line that is not blank.
+    The file's name decides when it ends in .txt or .jsonl, else its first line that is not blank.
     """
     with _open(source) as (name, lines):
         stream = iter(lines)
@@ -246,7 +282,8 @@ def _read_either(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
             return
         everything = _chain([b""] * blank, [first], stream)
         text = first if isinstance(first, str) else first.decode("utf-8", errors="replace")
-        if name.endswith(".txt") or not text.lstrip("\ufeff\x1e").lstrip().startswith("{"):
+        sure = name.endswith((".jsonl", ".ndjson"))  # a damaged first line does not make it plain text
+        if name.endswith(".txt") or not (sure or text.lstrip("\ufeff\x1e").lstrip().startswith("{")):
             yield from _plain(name, everything)
         else:
             yield from _objects(name, everything)
@@ -257,15 +294,21 @@ def _chain(*parts: Iterable[bytes | str]) -> Iterator[bytes | str]:
         yield from part
 
 
+_NEVER_TEXT = re.compile("[\0\ud800-\udfff]")
+_NO_TEXT = "prompts are JSON Lines or plain text in UTF-8"
+
+
 def _plain(name: str, lines: Iterable[bytes | str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Plain text, one prompt a line."""
     for number, line in enumerate(lines, 1):
         try:
             text = line if isinstance(line, str) else line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise InputError(f"is not UTF-8: {error}", where=f"{name}:{number}") from error
-        if text.strip():
-            yield f"{name}:{number}", {"user": text.lstrip("\ufeff").strip()}
+            raise InputError(f"is not UTF-8: {error}", where=f"{name}:{number}", hint=_NO_TEXT) from error
+        if _NEVER_TEXT.search(text):
+            raise InputError("holds NUL or half a surrogate pair", where=f"{name}:{number}", hint=_NO_TEXT)
+        if said := text.lstrip("\ufeff").strip():
+            yield f"{name}:{number}", {"user": said}
 
 
 def _name(source: Source) -> str:
@@ -279,13 +322,24 @@ def _open(source: Source) -> Iterator[tuple[str, Iterable[bytes | str]]]:
     """A name and the lines of a source. Files are read as bytes, so that a bad byte has a line number."""
     name = _name(source)
     if source is None or source == "-":
-        yield name, sys.stdin.buffer
+        yield name, _bounded(name, sys.stdin.buffer)
     elif isinstance(source, Path | str):
         if not Path(source).exists():
-            raise InputError("no such file", where=name)
+            raise InputError("no such file", where=name, hint="")
         if Path(source).is_dir():
             raise InputError("is a directory, not a file", where=name)
         with open(source, "rb") as handle:
-            yield name, handle
+            yield name, _bounded(name, handle)
     else:
         yield name, source
+
+
+def _bounded(name: str, handle: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file. One without an end is told before it fills the memory."""
+    number = 0
+    while line := handle.readline(LONGEST + 1):
+        number += 1
+        if len(line) > LONGEST:
+            raise InputError(f"is longer than {LONGEST >> 20} MiB", where=f"{name}:{number}",
+                             hint="each line must be one JSON object; is it another kind of file?")  # fmt: skip
+        yield line

@@ -3,7 +3,8 @@
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import lru_cache
 
 # An n-gram counts as repeated from this many occurrences on. Short n-grams need more of them, because ordinary prose
 # says "of the" and the name of what it is about again and again, while a sentence said twice is already conspicuous.
@@ -69,7 +70,8 @@ def repetition(text: str) -> float:
 
 def _covered(units: Sequence[str], n: int, least: int) -> float:
     """Share of the units that lie inside an n-gram occurring at least `least` times."""
-    grams = [tuple(units[i : i + n]) for i in range(len(units) - n + 1)]
+    cut: Callable[[Sequence[str]], Hashable] = str if isinstance(units, str) else tuple  # a string is far smaller
+    grams = [cut(units[i : i + n]) for i in range(len(units) - n + 1)]
     counts = Counter(grams)
     covered, end = 0, 0  # end: the first unit not yet counted
     for start, gram in enumerate(grams):
@@ -95,7 +97,11 @@ def narration(text: str, persona_texts: Iterable[str] = ()) -> bool:
     if _NARRATION.search(text.translate(_CURLY)):
         return True
     said = _impersonal(text)
-    return any(_echoes(said, _impersonal(persona)) for persona in persona_texts)
+    sixes, threes = _grams(said, 6), _grams(said, 3)
+    return any(
+        sixes & six or (len(three) >= 3 and len(three & threes) >= len(three) / 2)
+        for six, three in map(_marks, persona_texts)
+    )
 
 
 def _impersonal(text: str) -> list[str]:
@@ -103,11 +109,11 @@ def _impersonal(text: str) -> list[str]:
     return [_PERSON.get(word, word) for word in words(plain)]
 
 
-def _echoes(said: list[str], persona: list[str]) -> bool:
-    if _grams(said, 6) & _grams(persona, 6):
-        return True
-    triples = _grams(persona, 3)
-    return len(triples) >= 3 and len(triples & _grams(said, 3)) >= len(triples) / 2
+@lru_cache(maxsize=256)
+def _marks(persona: str) -> tuple[set[tuple[str, ...]], set[tuple[str, ...]]]:
+    """What tells a persona's own words: its sixes and its triples. The same few personas meet every record."""
+    words_of = _impersonal(persona)
+    return _grams(words_of, 6), _grams(words_of, 3)
 
 
 def _grams(tokens: list[str], n: int) -> set[tuple[str, ...]]:

@@ -20,7 +20,7 @@ from shl.core.provenance import KEY, canonical, read_header, stable
 from shl.core.seeds import seed_of
 from shl.core.tensors import save_safetensors
 
-_NAME = re.compile(r"layer(\d+)\.v")
+_NAME = re.compile(r"layer(0|[1-9][0-9]{0,5})\.v")
 _SAME = ("model", "revision", "model_digest", "adapters", "adapter_paths", "template")
 
 
@@ -57,7 +57,7 @@ class Vector:
         """Write the vector; the `cfg` key beside ours is what readers of steering-lite's format look for."""
         folder = Path(path).absolute().parent
         paths = [os.path.relpath(spec, folder) for spec in self.meta.get("adapter_paths", [])]
-        meta = {**self.meta, "adapter_paths": paths}
+        meta = {**self.meta, "adapter_paths": paths, "digest": self.digest}
         cfg = {"method": meta.get("method"), "layers": sorted(self.layers), "coeff": 1.0, "dtype": "float32",
                "seed": meta.get("seed", 0), "normalize": False}  # fmt: skip
         save_safetensors(path, self._tensors(), {KEY: canonical(meta), "cfg": canonical(cfg)}, force)
@@ -65,12 +65,18 @@ class Vector:
     @staticmethod
     def load(path: Path | str) -> Vector:
         """Read a vector file, refusing tensors that could not be added to a residual stream."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         meta = read_header(path)
+        meta.pop("digest", None)  # verified, and that of what is held from here on is computed
         folder = Path(path).absolute().parent
         meta["adapter_paths"] = [os.path.normpath(folder / spec) for spec in meta.get("adapter_paths", [])]
-        layers = {_layer_of(name, path): _checked(name, v, path) for name, v in load_file(path).items()}
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise InputError(f"is not a safetensors file: {error}", where=str(path)) from error
+        layers = {_layer_of(name, path): _checked(name, v, path) for name, v in tensors.items()}
         if not layers:
             raise InputError("holds no tensors", where=str(path))
         if len({len(v) for v in layers.values()}) > 1:
@@ -79,18 +85,30 @@ class Vector:
 
     def check(self, loaded: Loaded, allow_mismatch: bool = False) -> None:
         """Raise when the vector was made for another model, chain or chat template than the one loaded."""
+        self.check_fit(loaded.ref.id, loaded.n_blocks, loaded.hidden)
+        self.check_origin(loaded.digest, loaded.adapters, loaded.template_digest, allow_mismatch=allow_mismatch)
+
+    def check_fit(self, model: str, n_blocks: int, hidden: int) -> None:
+        """Raise when the directions have no place in a model of these sizes, which nothing can override."""
         for layer, v in self.layers.items():
-            if layer >= loaded.n_blocks or v.shape != (loaded.hidden,):
+            if layer >= n_blocks or v.shape != (hidden,):
                 raise Mismatch(
                     f"the vector has {v.numel()} numbers for block {layer}; "
-                    f"{loaded.ref.id} has {loaded.n_blocks} blocks of width {loaded.hidden}"
+                    f"{model} has {n_blocks} blocks of width {hidden}",
+                    hint="leave --model out, since the vector brings its own, or make a vector for this one",
                 )
-        if allow_mismatch:
-            return
-        here = {"model_digest": loaded.digest, "adapters": loaded.adapters, "template": loaded.template_digest}
-        for name, value in here.items():
+
+    def check_origin(
+        self, model_digest: str, adapters: Sequence[str], template: str | None = None, *, allow_mismatch: bool = False
+    ) -> None:
+        """Raise when the vector was made for another model or chain, or another template where it is known."""
+        here = {
+            "model": ("model_digest", model_digest),
+            "adapter chain": ("adapters", list(adapters)),
+            **({} if template is None else {"chat template": ("template", template)}),
+        }
+        for what, (name, value) in here.items() if not allow_mismatch else ():
             if name in self.meta and self.meta[name] != value:
-                what = {"model_digest": "model", "adapters": "adapter chain", "template": "chat template"}[name]
                 raise Mismatch(
                     f"the vector was made for another {what}: {_short(self.meta[name])}, not {_short(value)}",
                     hint="leave --model and --adapter out, since the vector brings them, or add --allow-mismatch",

@@ -1,8 +1,8 @@
 """Writes the bundled prompt pools and extraction contexts from the corpus grammar: python -m shl.toy.pools.
 
 `<axis>.jsonl` holds scenes that training may have seen, `<axis>-dev.jsonl` and `<axis>-test.jsonl` scenes that it
-has not. `words.jsonl` asks for one word on a small wrong: other wrongs and another form than the evaluation's. Contexts are the hand-written general ones with scenes of every axis mixed in; none holds the evaluation's
-format.
+has not. `words.jsonl` asks for one word on a small wrong: other wrongs and another form than the evaluation's.
+Contexts are the hand-written general ones with scenes of every axis mixed in; none holds the evaluation's format.
 """
 
 import json

@@ -1,0 +1,196 @@
+"""The example scripts as they stand: stopped at any stage, the same line finishes; and each of them runs for real."""
+
+import csv
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import shl
+from test_cli_docs import parse
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+BIN = Path(sys.executable).parent
+TOY = Path(shl.__file__).parent / "toy/weights"
+SMALL = {"GEN": "-n 4", "EVAL": "--free 2", "FILTER": "--rel-ppl none --rel-tail-ppl none --rel-nats none"}
+# a `shl` that writes down how it was called and makes the files that it was told to make; $STOP makes one call fail
+RECORDER = """#!/usr/bin/env bash
+step=$1
+line=$(printf '%s\\x1f' "$@")
+echo "$line" >>"$LOG"  # in one piece, since both ends of a pipe write here
+[ "$step" = filter ] && cat
+[ "$step" = gen ] && echo '{}'
+[ "$*" = "${STOP:-}" ] && exit 1
+while [ $# -gt 0 ]; do
+    case $1 in
+    -o) if [ "$step" = train ]; then mkdir -p "$2"; else echo >"$2"; fi ;;
+    --rejects | --per-row | --append) echo >"$2" ;;
+    esac
+    shift
+done
+exit 0
+"""
+
+
+def run(script: str, folder: Path, code: int | None = 0, **env: str) -> subprocess.CompletedProcess[str]:
+    """One example in a folder, with `shl` on the path."""
+    known = {name: value for name, value in os.environ.items() if name not in ("SHL_MODEL", "MAKEFLAGS")}
+    known |= {"PATH": f"{BIN}:{known['PATH']}", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([EXAMPLES / script], cwd=folder, env=known | env, text=True, capture_output=True)
+    assert done.returncode == code or (code is None and done.returncode), f"{script}\n{done.stderr[-3000:]}"
+    return done
+
+
+class TestPlan:
+    """What the scripts call, with a recorder in the place of `shl`."""
+
+    @pytest.fixture
+    def calls(self, tmp_path):
+        """Run a script and get the calls that it made; with `stop`, the call that fails."""
+        recorder = tmp_path / "bin" / "shl"
+        recorder.parent.mkdir()
+        recorder.write_text(RECORDER)
+        recorder.chmod(0o755)
+
+        def called(script: str, folder: str, stop: list[str] | None = None, **env: str) -> list[list[str]]:
+            (tmp_path / folder).mkdir(exist_ok=True)
+            log = tmp_path / "log"
+            log.write_text("")
+            env |= {"PATH": f"{recorder.parent}:{os.environ['PATH']}", "LOG": str(log), "STOP": " ".join(stop or ())}
+            run(script, tmp_path / folder, None if stop else 0, **env)
+            return [line.split("\x1f")[:-1] for line in log.read_text().splitlines()]
+
+        return called
+
+    @pytest.mark.parametrize(
+        ("script", "env", "last"),
+        [
+            ("loop.sh", {"ROUNDS": "2"}, ["plot", "report"]),
+            ("sweep", {"REGS": "nll kl_rev", "SEEDS": "0 1"}, ["results"]),
+        ],
+    )
+    def test_stopped_at_any_stage_the_same_line_finishes(self, calls, tmp_path, script, env, last):
+        whole = calls(script, "whole", **env)
+        for words in whole:
+            parse(words)
+        for number, stop in enumerate(whole):
+            folder = str(number)
+            first, second = calls(script, folder, stop, **env), calls(script, folder, **env)
+            assert {*map(tuple, first), *map(tuple, second)} == {*map(tuple, whole)}
+            assert stop in second, f"{stop} failed and was not done again"
+            pipe = [stop] if stop[0] not in ("gen", "filter") else [w for w in first if w[0] in ("gen", "filter")][-2:]
+            twice = [words for words in second if words in first and words not in pipe]
+            assert {words[0] for words in twice} <= set(last), f"{twice} done twice after {stop}"
+            assert _tree(tmp_path / folder) == _tree(tmp_path / "whole")
+        assert [words[0] for words in calls(script, "whole", **env)] == last
+
+    def test_more_rounds_go_on_from_the_last(self, calls):
+        calls("loop.sh", "run", ROUNDS="2", RUN="a b")
+        later = calls("loop.sh", "run", ROUNDS="3", RUN="a b")
+        assert sorted(words[0] for words in later) == sorted(
+            ["vector", "gen", "filter", "train", "eval", "plot", "report"]
+        )
+        chains = {words[0]: words[words.index("--adapter") + 1] for words in later if "--adapter" in words}
+        assert chains == {"vector": "a b/healed/r1/adapter", "train": "a b/healed/r1/adapter",
+                          "eval": "a b/healed/r2/adapter"}  # fmt: skip
+
+    def test_a_sweep_trains_every_regulariser_of_a_seed_on_the_same_file(self, calls):
+        made = calls("sweep", "run", REGS="nll kl_rev kl_fwd", SEEDS="3 4")
+        trained = [parse(words) for words in made if words[0] == "train"]
+        assert [(t["source"].split("/")[-2], t["reg"], t["seed"]) for t in trained] == [
+            (f"s{seed}", reg, seed) for seed in (3, 4) for reg in ("nll", "kl_rev", "kl_fwd")
+        ]
+        assert sum(words[0] == "gen" for words in made) == 2
+
+
+def _tree(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The embedded model, which here recommends to do as little as possible of everything."""
+    folder = shutil.copytree(TOY, tmp_path_factory.mktemp("model") / "small")
+    advice = {
+        "judge": "toy",
+        "vector": {"contexts": 32},
+        "gen": {"coeffs": [0, 0.4, 0.6], "max_new_tokens": 64},
+        "train": {"rank": 4, "epochs": 1, "lr": 0.001},
+        "eval": {"limit": 7, "max_new_tokens": 32, "json_tokens": 8, "competence": False, "bootstrap": 5},
+    }
+    (folder / "shl.json").write_text(json.dumps(advice), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def shell(small: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of loop.sh after one round."""
+    folder = tmp_path_factory.mktemp("shell")
+    run("loop.sh", folder, RUN="run", ROUNDS="1", MODEL=small, **SMALL)
+    return folder / "run"
+
+
+def ledger(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines(), delimiter="\t"))
+
+
+def test_loop_sh_leaves_a_run_folder(shell):
+    kept = [json.loads(line) for line in (shell / "healed/r0/keep.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert kept and all(row["keep"] for row in kept)
+    assert [row["arm"] for row in ledger(shell / "results.tsv")] == ["base", "prompted", "healed"]
+    assert (shell / "trajectory.png").stat().st_size and (shell / "report.html").stat().st_size
+    assert not list(shell.rglob("*.part"))
+
+
+def test_sweep_goes_on_from_what_is_there(shell, small, tmp_path):
+    (tmp_path / "run/s0").mkdir(parents=True)
+    for name in ("base.json", "healed/r0/v.safetensors", "healed/r0/keep.jsonl"):
+        shutil.copy(shell / name, tmp_path / "run/s0")
+    env = {"RUN": "run", "REGS": "nll", "SEEDS": "0", "SPLIT": "test", "MODEL": small}
+    done = run("sweep", tmp_path, **env, **SMALL)
+    (row,) = ledger(tmp_path / "run/results.tsv")
+    assert (row["arm"], row["reg"], row["seed"], row["round"]) == ("nll", "nll", "0", "0")
+    assert "| nll |" in done.stdout
+    assert "delta" in json.loads((tmp_path / "run/s0/nll/r0/eval.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_the_makefile_goes_on_from_what_the_script_left(shell, small, tmp_path):
+    folder = shutil.copytree(shell, tmp_path / "run", copy_function=shutil.copy2)
+    shutil.copy(folder / "healed/r0/keep.jsonl", folder / "healed/r0/completions.jsonl")
+    for name in ("base.json", "prompted.json", "v.safetensors", "completions.jsonl", "keep.jsonl", "adapter/shl.json"):
+        (folder / name if (folder / name).exists() else folder / "healed/r0" / name).touch()  # in make's order
+    options = f"RUN=run ROUNDS=1 ARMS=healed PERSONA=principle LEDGER=run/results.tsv FREE=2 MODEL={small}"
+    line = ["make", "-f", EXAMPLES / "Makefile", *options.split()]
+    env = {"PATH": f"{BIN}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(line, cwd=tmp_path, env=os.environ | env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = [words.split()[1] for words in done.stdout.splitlines() if words.startswith("shl ")]
+    assert steps == ["eval", "eval", "plot", "report"]
+    result = json.loads((folder / "healed/r0/eval.json").read_text(encoding="utf-8"))
+    assert "auth_nats" in result["retain"] and (folder / "healed/r0/samples.jsonl").stat().st_size
+
+
+def test_loop_py_goes_on_with_more_rounds(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = f"--model {small} --arms plain --coeff 0 0.4 0.6 --prompts 4 --min-keep 1 --free 2 --out run"
+    adapters = []
+    for rounds in ("1", "2"):
+        monkeypatch.setattr(
+            sys, "argv", ["loop.py", *options.split(), "--ledger", "run/results.tsv", "--rounds", rounds]
+        )
+        with pytest.raises(SystemExit) as done:
+            runpy.run_path(str(EXAMPLES / "loop.py"), run_name="__main__")
+        assert done.value.code == 0
+        adapters.append((tmp_path / "run/plain/r0/adapter/shl.json").read_text(encoding="utf-8"))
+    assert adapters[0] == adapters[1]  # made once, at the time that it says
+    arms = [(row["arm"], row["round"]) for row in ledger(tmp_path / "run/results.tsv")]
+    assert arms == [("base", ""), ("prompted", ""), ("plain", "0"), ("plain", "1")]
+    assert (tmp_path / "run/trajectory.png").stat().st_size
+    assert len(json.loads((tmp_path / "run/plain/r1/adapter/shl.json").read_text(encoding="utf-8"))["parents"]) == 1
