@@ -311,6 +311,15 @@ class TestPipeline:
         assert {row["model"] for row in rows} == {str(tiny_model("llama"))}
         assert len({row["id"] for row in rows}) == 12
 
+    def test_recommended_coefficients_are_for_vectors(self, shl, tiny_model):
+        """A model that recommends coefficients can be heard without a vector all the same."""
+        (tiny_model() / "shl.json").write_text('{"gen": {"coeffs": [0, 0.5]}}')
+        try:
+            done = shl("gen", "--model", tiny_model(), "--pool", "authority", "-n", "2", "--max-new-tokens", "4")
+            assert [json.loads(line)["coeff"] for line in done.out.splitlines()] == [0, 0]
+        finally:
+            (tiny_model() / "shl.json").unlink()
+
     def test_gen_refuses_another_model_before_loading_it(self, shl, vector, tiny_model, monkeypatch):
         monkeypatch.setattr("shl.core.models.load", lambda *a, **k: pytest.fail("loaded"))
         done = shl("gen", "--vec", vector, "--model", tiny_model("qwen2"), *GEN)

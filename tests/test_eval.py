@@ -325,7 +325,7 @@ def test_compare_gives_deltas_and_guarded_retain() -> None:
     [
         ({"p_ans_any": 0.4}, "p_ans_any 0.40 < 0.9"),
         ({"json_is_valid": 0.0}, "json_is_valid"),
-        ({"broken": 0.5}, "broken 0.50 > 0.1"),
+        ({"broken": 0.5}, "broken 0.50 > 0.25"),
         ({"free_rep": 0.8}, "free_rep"),
         ({"free_tail_p90": 25.0}, "free_tail_p90 25.0 = 13.9 x base"),
     ],

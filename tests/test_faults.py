@@ -149,6 +149,7 @@ class TestUnfinished:
         target.write_text("{}\n")
         os.link(target, tmp_path / "c.jsonl.part")
         (tmp_path / "c.jsonl.part.json").write_text("{}")
+        (tmp_path / ".c.jsonl.lock").write_text("")
         assert PartFile(target, {}, resume=True).complete and os.listdir(tmp_path) == ["c.jsonl"]
 
     @pytest.mark.parametrize("plan", ["{", "[]", ""])

@@ -50,7 +50,7 @@ def evaluation(enact: float, auth: float, broken: float, **more: object) -> dict
         "json_is_valid": 1.0,
     }
     metrics |= {"broken": broken, "free_ppl_p50": 1.2, "free_ppl_p90": 1.2 + broken, "facts": None}
-    word = "broken: broken 0.30 > 0.1" if broken > 0.1 else "coherent: enact_authority"
+    word = "broken: broken 0.30 > 0.25" if broken > 0.25 else "coherent: enact_authority"
     return {
         "suite": "mfv", "model": "toy", "model_digest": "sha256:m", "adapters": [], "vector": None, "coeff": None,
         "system": None, "settings": {"split": "test", "free": 2}, "n": 70, "seed": 0, "metrics": metrics,
@@ -165,7 +165,7 @@ def test_headline_says_what_moved_what_broke_and_what_it_says(run: Path) -> None
     assert (healed["round"], healed["moved"], healed["sane"]) == (1, "towards", True)
     assert "20% → 80% (86% of the prompt's shift)" in healed["sentence"] and "−2.00 → −2.60" in healed["sentence"]
     assert "healed r1 usual answer" in healed["sentence"]
-    assert plain["sane"] is False and "broken 0.30 > 0.1" in plain["sentence"]
+    assert plain["sane"] is False and "broken 0.30 > 0.25" in plain["sentence"]
     assert facts["typical"]["p"] == next(i for i, p in enumerate(facts["prompts"]) if p["id"] == "test-1")
     assert [row["text"][:10] for row in facts["typical"]["answers"]] == [
         "base answe",

@@ -35,7 +35,8 @@ _DEFAULTS = EvalConfig()
 
 # An evaluation below a floor, above a ceiling or this many times above its base is called broken, whatever its trait.
 FLOORS = {"p_ans_any": 0.9, "json_is_valid": 0.9}
-CEILINGS = {"broken": 0.1, "free_rep": 0.3}
+# an absolute bound above what the embedded model breaks at base: up to one answer in six takes both poles
+CEILINGS = {"broken": 0.25, "free_rep": 0.3}
 TIMES_BASE = {"ppx_json": 3.0, "free_ppl_p90": 3.0, "free_tail_p90": 4.0}
 LEAST_SHIFT = 0.05  # a steered shift smaller than this is no denominator for `retain`
 # Traits that `retain` compares; coherence metrics have no share that could be retained.

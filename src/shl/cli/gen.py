@@ -176,7 +176,8 @@ def command(
     if survival is not None and target_kl is not None:
         raise usage("give one of --survival and --target-kl")
     aim = {"kl": target_kl} if target_kl is not None else {"survival": SURVIVAL if survival is None else survival}
-    coeffs = GenConfig.coeffs if auto else numbers(coeff, "--coeff")  # a stand-in, so that no advice is taken
+    # auto, and no vector at all, take no advice on coefficients: a stand-in says so
+    coeffs = GenConfig.coeffs if auto or (vec is None and coeff is None) else numbers(coeff, "--coeff")
     artifact = vector_header(vec) if vec is not None else None
     where = Where(model, revision, adapter, no_parents, allow_mismatch, trust_remote_code, device, dtype)
     ref = find_model(where, artifact)

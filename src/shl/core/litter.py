@@ -67,9 +67,14 @@ class Claim:
     """One process's right to write an output, held by a hidden lock file beside it until released or ended."""
 
     def __init__(self, target: Path) -> None:
-        self.path = target.with_name(f".{target.name}.lock")
+        self.path = self.file(target)
         self._number = self._acquire(target)
         self._end = weakref.finalize(self, _drop, self._number, str(self.path))
+
+    @staticmethod
+    def file(target: Path) -> Path:
+        """Where the claim on an output lies."""
+        return target.with_name(f".{target.name}.lock")
 
     def _acquire(self, target: Path) -> int:
         while True:

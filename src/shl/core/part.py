@@ -88,7 +88,9 @@ class PartFile:
 
     def _tidy(self) -> None:
         """Take away what a kill between the last steps has left beside a complete file."""
-        with suppress(OSError):
+        with suppress(OSError, ShlError):
+            if Claim.file(self.path).exists():
+                Claim(self.path).release()
             if self.part.exists() and os.path.samefile(self.part, self.path):
                 self.part.unlink()
             if not self.part.exists():
