@@ -5,6 +5,7 @@ A fork costs milliseconds where a fresh start costs seconds of imports; signals,
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
 import importlib
 import os
@@ -18,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-HANGS = 90.0  # seconds after which a command that should have ended hangs
+HANGS = 180.0  # seconds after which a command that should have ended hangs
 
 
 @dataclass
@@ -86,9 +87,11 @@ class Child:
         """Wait for the end; one that does not come is a defect of the command."""
         while not self.ended:
             if time.monotonic() - self.begun > HANGS:
+                self.strike(signal.SIGABRT)  # has it say where it stands
+                time.sleep(1)
                 os.kill(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
-                raise AssertionError(f"hangs: {self._said()[1][-300:]}")
+                raise AssertionError(f"hangs: {self._said()[1][-2000:]}")
             time.sleep(0.001)
         _, status = os.waitpid(self.pid, 0)
         return Ended(os.waitstatus_to_exitcode(status), *self._said(), time.monotonic() - self.begun)
@@ -111,6 +114,7 @@ def _run(argv: Sequence[str], folder: Path, ends: Sequence[int], largest: int | 
         os.chdir(folder)
         if largest is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+        faulthandler.enable(sys.stderr)
         sys.argv = ["shl", *argv]
         from shl.cli import main
 
