@@ -114,6 +114,7 @@ class TestBoundary:
             (BelowGate("too few"), 3, "shl: error: too few\n"),
             (MemoryError(), 1, "out of memory"),
             (OSError(28, "No space left on device"), 1, "No space left"),
+            (RuntimeError("serializing: No space left on device (os error 28)"), 1, "hint: make room"),
             (KeyboardInterrupt(), 130, ""),
             (BrokenPipeError(), 0, ""),
         ],
@@ -122,6 +123,34 @@ class TestBoundary:
         monkeypatch.setattr("shl.info.describe", lambda path: (_ for _ in ()).throw(error))
         done = shl("info", "x")
         assert done.code == code and said in done.err and "Traceback" not in done.err
+
+    def test_ctrl_c_that_native_code_turns_into_an_error_is_130(self, shl, monkeypatch):
+        def describe(path):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(5)
+            except KeyboardInterrupt:
+                raise ValueError("what some extension makes of it") from None
+
+        monkeypatch.setattr("shl.info.describe", describe)
+        done = shl("info", "x")
+        assert done.code == 130 and not done.err
+
+    def test_ctrl_c_where_no_exception_can_go_is_130(self, shl, monkeypatch):
+        class Dying:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(5)
+
+        def describe(path):
+            Dying()
+            for _ in range(500):
+                time.sleep(0.01)
+            return {}
+
+        monkeypatch.setattr("shl.info.describe", describe)
+        done = shl("info", "x")
+        assert done.code == 130 and not done.err
 
     def test_a_bug_keeps_its_traceback(self, shl, monkeypatch):
         monkeypatch.setattr("shl.info.describe", lambda path: {}["oops"])

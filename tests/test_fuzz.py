@@ -21,6 +21,7 @@ from shl.core.evaluations import read_evaluation
 from shl.core.peft_dir import CONFIG, META, read_adapter
 from shl.core.provenance import read_safetensors
 from shl.core.vectors import Vector
+from shl.export import from_gguf
 from shl.filter import Tally, annotate
 
 SCRATCH = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -289,6 +290,17 @@ class TestFound:
         path = put(json.dumps(evaluation() | change), "base.json")
         with pytest.raises(InputError, match=r"base\.json: "):
             read_evaluation(path)
+
+    @pytest.mark.parametrize("bad", [b"\xff\xfe", None])
+    def test_gguf(self, put, tmp_path, bad):
+        data = sound(tmp_path)["gguf"][""]
+        if bad:
+            data = data.replace(b"llama", bad + b"ama")
+        else:  # the model's name as an array of 2**50 bytes: the library counted them all
+            at = data.index(b"llama") - 12
+            data = data[:at] + (9).to_bytes(4, "little") + (7).to_bytes(4, "little") + (2**50).to_bytes(8, "little")
+        with pytest.raises(InputError, match="is not a GGUF file, or a damaged one"):
+            from_gguf(put(data, "f.gguf"))
 
     def test_recommendations_of_the_wrong_type(self):
         for advice in ({"train": {"lr": "high"}}, {"train": 3}, {"train": {"rank": 1.5}}, {"train": {"epochs": True}}):

@@ -66,29 +66,84 @@ def from_gguf(path: Path | str, model: str | None = None) -> Vector:
     if not Path(path).is_file():
         raise InputError("there is no such file", where=str(path))
     try:
+        with open(path, "rb") as handle:
+            _walk(handle.read(_HEADER))  # the library believes what a damaged header says about its lengths
         reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, OSError, KeyError) as error:
-        raise InputError(f"is not a GGUF file ({error})", where=str(path)) from None
-    kind = reader.get_field("general.architecture")
-    if kind is None or kind.contents() != ARCHITECTURE:
+        kind, hint = (
+            field.contents() if (field := reader.get_field(name)) is not None else None
+            for name in ("general.architecture", f"{ARCHITECTURE}.model_hint")
+        )
+        named = [(one.name, one) for one in reader.tensors]
+    except (ValueError, IndexError, OSError, KeyError, TypeError, OverflowError) as error:
+        raise InputError(f"is not a GGUF file, or a damaged one ({error})", where=str(path)) from None
+    if kind != ARCHITECTURE:
         raise InputError("is GGUF but not a control vector", where=str(path))
-    layers = {_block(one.name, path): _direction(one, path) for one in reader.tensors}
+    layers = {_block(name, path): _direction(one, path) for name, one in named}
     if not layers:
         raise InputError("holds no direction", where=str(path))
     if len({len(direction) for direction in layers.values()}) > 1:
         raise InputError("holds directions of different lengths", where=str(path))
-    hint = reader.get_field(f"{ARCHITECTURE}.model_hint")
     warn("a GGUF control vector names no model revision, chain or template, so none can be checked")
     meta = {
         "method": "gguf",
         "layers": sorted(layers),
-        "model_type": hint.contents() if hint is not None else None,
+        "model_type": hint if isinstance(hint, str) else None,
         **({"model": model} if model else {}),
         "version": __version__,
     }
     vector = Vector(dict(sorted(layers.items())), meta)
     vector.meta["norms"] = {str(layer): norm for layer, norm in vector.norms.items()}
     return vector
+
+
+_HEADER = 64 << 20  # bytes in which all but the tensors' values must lie
+_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of GGUF's plain types
+_STRING, _ARRAY = 8, 9
+
+
+def _walk(data: bytes) -> None:
+    """Step over the keys of a header. Raises ValueError where a length leads out of it, so that no reader runs on."""
+    if data[:4] != b"GGUF" or _number(data, 4, 4) & 0xFFFF == 0:
+        raise ValueError("no little-endian GGUF")
+    at = 24
+    for _ in range(_count(data, _number(data, 16, 8))):
+        at = _past_string(data, at)
+        at = _past_value(data, at + 4, _number(data, at, 4), 0)
+    _count(data, _number(data, 8, 8))
+
+
+def _past_value(data: bytes, at: int, kind: int, depth: int) -> int:
+    """The offset behind one value."""
+    if kind in _WIDTHS:
+        return at + _WIDTHS[kind]
+    if kind == _STRING:
+        return _past_string(data, at)
+    if kind != _ARRAY or depth > 3:
+        raise ValueError("a value of an unknown kind")
+    inner, count = _number(data, at, 4), _count(data, _number(data, at + 4, 8))
+    at += 12
+    if inner in _WIDTHS:
+        return at + count * _WIDTHS[inner]
+    for _ in range(count):
+        at = _past_value(data, at, inner, depth + 1)
+    return at
+
+
+def _past_string(data: bytes, at: int) -> int:
+    return at + 8 + _count(data, _number(data, at, 8))
+
+
+def _number(data: bytes, at: int, width: int) -> int:
+    if at + width > len(data):
+        raise ValueError("cut short")
+    return int.from_bytes(data[at : at + width], "little")
+
+
+def _count(data: bytes, number: int) -> int:
+    """A number of things, each of which takes a byte at least."""
+    if number > len(data):
+        raise ValueError(f"a count of {number} in {len(data)} bytes")
+    return number
 
 
 def _block(name: str, path: Path | str) -> int:

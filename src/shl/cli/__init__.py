@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import _thread
+import atexit
 import errno
 import os
+import re
+import signal
 import sys
+import threading
 import traceback
-from typing import Annotated, NoReturn
+from contextlib import suppress
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -46,6 +52,11 @@ def _root(
 
 def main() -> NoReturn:
     """Run a command. Exit: 0 done or reader closed, 1 mendable, 2 usage, 3 below a gate, 130 Ctrl-C."""
+    _Stop.asked, hook = False, sys.unraisablehook
+    sys.unraisablehook = _swallowed
+    with suppress(ValueError):  # outside the main thread nobody can listen
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _stop)
     try:
         app(prog_name="shl")
     except SystemExit as done:
@@ -57,8 +68,33 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         _leave(130)
     except Exception as error:
-        _leave(_report(error))
+        _leave(130 if _Stop.asked else _report(error))
+    finally:
+        sys.unraisablehook = hook
+        # what is left is the interpreter taking itself down, where Ctrl-C would only make it complain
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     raise AssertionError("typer always exits")
+
+
+class _Stop:
+    """Whether Ctrl-C was pressed: native code that it meets may raise another error instead, or swallow it."""
+
+    asked = False
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    _Stop.asked = True
+    raise KeyboardInterrupt
+
+
+def _swallowed(lost: Any) -> None:
+    """An exception that had nowhere to go; Ctrl-C is sent again in a moment, when it has."""
+    if lost.exc_type is KeyboardInterrupt and _Stop.asked:
+        again = threading.Timer(0.01, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 _DISK = {
@@ -99,4 +135,6 @@ def _explain(error: Exception) -> tuple[str, str, int]:
         return "out of memory", "make --batch-size smaller, or use --dtype bfloat16", 1
     if isinstance(error, OSError):
         return str(error), _DISK.get(error.errno or 0, "set SHL_DEBUG=1 to see where"), 1
+    if native := re.search(r"\(os error (\d+)\)", str(error)):  # an OSError of safetensors or tokenizers
+        return str(error), _DISK.get(int(native[1]), "set SHL_DEBUG=1 to see where"), 1
     return "", "", 1
