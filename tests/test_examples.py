@@ -101,10 +101,12 @@ class TestPlan:
                           "eval": "a b/healed/r2/adapter"}  # fmt: skip
 
     def test_a_sweep_trains_every_regulariser_of_a_seed_on_the_same_file(self, calls):
-        made = calls("sweep", "run", REGS="nll kl_rev kl_fwd", SEEDS="3 4")
+        made = calls("sweep", "run", REGS="nll wd kl_rev kl_fwd", SEEDS="3 4", WD="7")
         trained = [parse(words) for words in made if words[0] == "train"]
-        assert [(t["source"].split("/")[-2], t["reg"], t["seed"]) for t in trained] == [
-            (f"s{seed}", reg, seed) for seed in (3, 4) for reg in ("nll", "kl_rev", "kl_fwd")
+        assert [(t["source"].split("/")[-2], t["reg"], t["weight_decay"], t["seed"]) for t in trained] == [
+            (f"s{seed}", reg, decay, seed)
+            for seed in (3, 4)
+            for reg, decay in (("nll", None), ("nll", 7.0), ("kl_rev", None), ("kl_fwd", None))
         ]
         assert sum(words[0] == "gen" for words in made) == 2
 
