@@ -19,6 +19,7 @@ from shl.cli.common import find_model, settle
 from shl.core import pools, provenance
 from shl.core import records as rec
 from shl.core.defaults import EvalConfig, GenConfig, TrainConfig, VectorConfig
+from shl.core.evaluations import ROW_KINDS, is_per_row
 from shl.core.models import Loaded, load
 from shl.core.records import Pair, Prompt
 
@@ -255,7 +256,7 @@ def test_per_row_file(evaluation: dict[str, Any], kind: str) -> None:
     kinds = ("facts", "sums") if kind == "quiz" else (kind,)
     rows = [row for row in evaluation["rows"] if row["kind"] in kinds]
     check(documented("Per-row file", kind), rows)
-    assert {row["kind"] for row in evaluation["rows"]} == {"vignette", "free", "facts", "sums"}
+    assert {row["kind"] for row in evaluation["rows"]} == set(ROW_KINDS) and is_per_row(evaluation["rows"])
     if kind == "free":
         check(documented("Scores"), [row["scores"] for row in rows])
         assert set(rows[0]["judge"]) == {"broken", "stance", "narrates"}

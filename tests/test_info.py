@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shl import info, results
 from shl.core import records
@@ -68,6 +70,36 @@ def test_completions(tmp_path):
     assert facts["scores"]["ppl"] == {"min": 2.0, "p50": 3.0, "p90": 4.0, "max": 4.0}
     assert facts["reasons"] == {"control": 1}
     assert info.describe(lines(tmp_path / "c.jsonl.part", rows))["kind"] == "unfinished completions"
+
+
+ANSWER = {name: value for name, value in RECORD.items() if name != "coeff"} | {"kind": "free", "axis": "authority"}
+ITEMS = [
+    {"kind": "vignette", "id": "v", "foundation": "care", "reply": "{"},
+    ANSWER | {"judge": {"broken": False, "stance": "enact", "narrates": False}},
+    ANSWER | {"id": "p/2", "judge": {"broken": True, "stance": "none", "narrates": False}},
+    {"kind": "facts", "id": "f", "user": "?", "answer": "a", "reply": "b", "right": False},
+    {"kind": "sums", "id": "s", "user": "?", "answer": "2", "reply": "2", "right": True},
+]
+
+
+@given(st.permutations(ITEMS), st.integers(1, len(ITEMS)))
+def test_the_items_of_an_evaluation_are_known_in_any_order(tmp_path_factory, rows, count):
+    path = tmp_path_factory.mktemp("items") / "rows.jsonl"
+    facts = info.describe(lines(path, rows[:count]))
+    assert facts["kind"] == "evaluation items" and facts["lines"] == count
+    assert sum(facts["items"].values()) == count
+    if count == len(ITEMS):
+        assert facts["items"] == {"facts": 1, "free": 2, "sums": 1, "vignette": 1} and facts["right"] == "1 of 2"
+        assert facts["answers"]["scores"]["ppl"]["p50"] == 2.0
+        assert facts["answers"]["broken"] == {"False": 1, "True": 1}
+
+
+def test_a_completion_that_carries_a_kind_is_a_completion(tmp_path):
+    """Keys of a prompt are carried into its record, so `kind` alone does not make an item of an evaluation."""
+    for kind in ("free", "dilemma"):
+        assert info.describe(lines(tmp_path / f"{kind}.jsonl", [RECORD | {"kind": kind}]))["kind"] == "completions"
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: prompt"):
+        info.describe(lines(tmp_path / "rows.jsonl", [ANSWER | {"prompt": 1}]))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 from shl import results
 from shl.core.console import plain
 from shl.core.errors import InputError
+from shl.core.evaluations import is_per_row
 from shl.core.files import refuse_links_out
 from shl.core.provenance import KEY, digest_file, digest_tensors, read_header, read_safetensors
 from shl.core.records import check_record, read_lines
@@ -132,10 +133,12 @@ def _json(path: Path) -> Facts:
 
 
 def _jsonl(path: Path) -> Facts:
-    """Completion records, prompts, pairs, or some other lines."""
+    """Completion records, items of an evaluation, prompts, pairs, or some other lines."""
     rows = list(read_lines(path))
     if not rows:
         return {"kind": "empty", "lines": 0}
+    if is_per_row([row for _, row in rows]):
+        return _items(rows)
     first = rows[0][1]
     if "completion" in first:
         for where, record in rows:
@@ -146,20 +149,46 @@ def _jsonl(path: Path) -> Facts:
     return {"kind": kind, "lines": len(rows), "keys": dict(Counter(key for _, row in rows for key in row))}
 
 
+def _items(rows: list[tuple[str, dict[str, Any]]]) -> Facts:
+    """The items of an evaluation: how many of each kind, and what was found of them, whatever their order."""
+    kinds = Counter(row["kind"] for _, row in rows)
+    facts: Facts = {"kind": "evaluation items", "lines": len(rows), "items": dict(sorted(kinds.items()))}
+    if spoken := [(where, row) for where, row in rows if row["kind"] == "free"]:
+        for where, row in spoken:
+            check_record(row, where)
+        answers = [row for _, row in spoken]
+        judged = [row["judge"] for row in answers if isinstance(row.get("judge"), dict)]
+        facts["answers"] = {
+            "axis": _distinct(answers, "axis"),
+            "finish": _distinct(answers, "finish"),
+            "n_tokens": _quantiles(row.get("n_tokens") for row in answers),
+            "scores": _scores(answers),
+            **({name: _distinct(judged, name) for name in ("broken", "stance", "narrates")} if judged else {}),
+        }
+    if right := [row["right"] for _, row in rows if isinstance(row.get("right"), bool)]:
+        facts["right"] = f"{sum(right)} of {len(right)}"
+    return facts
+
+
 def _records(records: list[dict[str, Any]], unfinished: bool) -> Facts:
     """Completion records: how many by coefficient, and their scores."""
-    names = sorted({name for record in records for name in record.get("scores") or {}})
     facts: Facts = {
         "kind": "unfinished completions" if unfinished else "completions",
         "lines": len(records),
         **{name: _distinct(records, name) for name in ("model", "vector", "adapters", "coeff", "seed", "finish")},
         "n_tokens": _quantiles(record.get("n_tokens") for record in records),
-        "scores": {name: _quantiles((record.get("scores") or {}).get(name) for record in records) for name in names},
+        "scores": _scores(records),
     }
     if any("keep" in record for record in records):
         facts["keep"] = _distinct(records, "keep")
         facts["reasons"] = dict(Counter(reason for record in records for reason in record.get("reasons") or []))
     return facts
+
+
+def _scores(records: list[dict[str, Any]]) -> Facts:
+    """Quantiles of each score."""
+    names = sorted({name for record in records for name in record.get("scores") or {}})
+    return {name: _quantiles((record.get("scores") or {}).get(name) for record in records) for name in names}
 
 
 def _distinct(records: list[dict[str, Any]], name: str, most: int = 12) -> Facts | str:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from shl.core import strict
 from shl.core.errors import InputError
 
+# what a row of --per-row may be: a vignette, a free answer, or one of the competence questions
+ROW_KINDS = ("vignette", "free", "facts", "sums")
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("suite", "model", "model_digest", "verdict"), (str,)),
     **dict.fromkeys(("metrics", "settings", "profile", "ci", "missing"), (dict,)),
     **dict.fromkeys(("n", "seed"), (int,)),
     "adapters": (list,),
 }
+
+
+def is_per_row(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether these are the items of an evaluation. A free answer is a completion record but for its coefficient."""
+    return bool(rows) and all(row.get("kind") in ROW_KINDS and "coeff" not in row for row in rows)
 
 
 def read_evaluation(path: Path | str) -> dict[str, Any]:
