@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from shl import filter as shl_filter
 from shl.cli import main
+from shl.core import metrics
 from shl.core.errors import InputError, ShlError
 from shl.core.provenance import canonical, digest_tensors, header
 from shl.core.records import dumps, write_record
@@ -457,9 +458,14 @@ def test_every_metric_and_reason_has_its_words() -> None:
         (ROOT / "docs" / "formats.md").read_text(encoding="utf-8").partition("### Metrics")[2].partition("\n    {")[0]
     )
     documented = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
-    assert len(documented) > 10 and set(documented) <= set(words.METRICS)
+    assert len(documented) > 10 and set(documented) <= set(metrics.METRICS)
     assert set(shl_filter.REASONS) < set(words.REASONS)
-    assert words.metric("enact_boldness").meaning and words.metric("nobody_knows") == ("nobody_knows", "number", "", "")
+    assert metrics.metric("enact_boldness").meaning and metrics.metric("nobody_knows") == (
+        "nobody_knows",
+        "number",
+        "",
+        "",
+    )
 
 
 def contrast(one: str, other: str) -> float:

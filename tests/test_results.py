@@ -50,15 +50,34 @@ def test_rows_come_back_and_columns_grow(tmp_path):
     ]
 
 
-def test_eight_concurrent_writers_lose_nothing(tmp_path):
+WRITERS = 16
+
+
+def test_sixteen_concurrent_writers_lose_nothing(tmp_path):
     path = tmp_path / "results.tsv"
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(who)]) for who in range(8)]
-    assert [writer.wait() for writer in writers] == [0] * 8
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(who)]) for who in range(WRITERS)]
+    assert [writer.wait() for writer in writers] == [0] * WRITERS
     rows = results.read_rows(path)
-    assert sorted((int(row["who"]), int(row["i"])) for row in rows) == [(w, i) for w in range(8) for i in range(12)]
+    assert sorted((int(row["who"]), int(row["i"])) for row in rows) == [
+        (w, i) for w in range(WRITERS) for i in range(12)
+    ]
     for row in rows:
         assert row[f"only_{row['who']}_{int(row['i']) // 4}"] == "=x\ty\n"
-    assert len(rows[0]) == 2 + 8 * 3
+    assert len(rows[0]) == 2 + WRITERS * 3
+
+
+def test_an_old_ledger_with_fewer_columns_is_extended(tmp_path):
+    """What an earlier version wrote stays as it stands, cell by cell, and new columns come after its own."""
+    path = tmp_path / "results.tsv"
+    path.write_text("arm\tnote\tauth_nats\nnll\t'=1+1\\tx\t-1.5\nbase\t\t\n", encoding="utf-8")
+    before = results.read_rows(path)
+    results.append_row(path, {"auth_nats": -2.0, "arm": "wd", "broken": 0.1, "train": {"lr": 0.1}})
+    assert path.read_text(encoding="utf-8") == (
+        'arm\tnote\tauth_nats\tbroken\ttrain\nnll\t\'=1+1\\tx\t-1.5\t\t\nbase\t\t\t\t\nwd\t\t-2.0\t0.1\t{"lr":0.1}\n'
+    )
+    rows = results.read_rows(path)
+    assert [{name: row[name] for name in before[0]} for row in rows[:2]] == before
+    assert before[0]["note"] == "=1+1\tx"
 
 
 def test_a_torn_last_line_is_cut_and_a_whole_one_kept(tmp_path, capsys):
@@ -116,3 +135,49 @@ def test_an_unknown_column_is_an_error():
 )
 def test_spread(cells, shown):
     assert results.spread(cells) == shown
+
+
+def arms(metric: str, **values: list[float]) -> dict:
+    """Groups of rows by arm, with base and prompted among them."""
+    found = {("base",): [row(arm="base", **{metric: "0.5"})], ("prompted",): [row(arm="prompted", **{metric: "9.0"})]}
+    return found | {(arm,): [row(arm=arm, **{metric: str(one)}) for one in many] for arm, many in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "expected"),
+    [
+        ("broken", {"nll": [0.5, 0.6], "kl": [0.1, 0.2]}, "kl"),  # down is better
+        ("facts", {"nll": [0.5, 0.6], "kl": [0.1, 0.2]}, "nll"),  # up is better
+        ("broken", {"nll": [0.1, 0.5], "kl": [0.1, 0.2]}, None),  # within the spread of one of them
+        ("broken", {"nll": [0.5, 0.6], "kl": [0.1, 0.2], "wd": [0.0, 0.9]}, None),  # nobody beats a wide one
+        ("broken", {"nll": [0.5], "kl": [0.1]}, None),  # one row has no spread
+        ("broken", {"kl": [0.1, 0.2]}, None),  # nobody to compare with
+        ("free_tokens", {"nll": [5, 6], "kl": [1, 2]}, None),  # no side is better
+        ("auth_nats", {"nll": [1.0, 1.1], "kl": [3.0, 3.1]}, "kl"),  # towards the prompt
+    ],
+)
+def test_the_best_arm_is_marked_when_it_is_ahead_by_more_than_the_spread(metric, values, expected):
+    groups = arms(metric, **values)
+    assert results.best(groups, metric) == ((expected,) if expected else None)
+    rows = [one for many in groups.values() for one in many]
+    text = results.markdown(rows, metrics=[metric])
+    marked = [line.split(" | ")[0].strip("| ") for line in text.splitlines() if line.startswith("|") and "**" in line]
+    assert marked == ([expected] if expected else [])
+    assert (results.BOLD in text) == bool(expected) and (results.NO_BOLD in text) == (not expected and len(values) > 1)
+
+
+def test_a_broken_arm_is_not_the_best_in_a_trait():
+    groups = arms("auth_nats", nll=[1.0, 1.1], kl=[3.0, 3.1], wd=[0.1, 0.2])
+    assert results.best(groups, "auth_nats") == ("kl",)
+    groups["kl",][1]["verdict"] = "broken: broken 0.90 > 0.25"
+    assert results.best(groups, "auth_nats") == ("nll",)
+    del groups["prompted",]
+    assert results.best(groups, "auth_nats") is None  # nobody knows which way is meant
+
+
+@given(st.lists(st.lists(st.floats(-9, 9), min_size=1, max_size=4), min_size=1, max_size=4), st.randoms())
+def test_the_mark_owes_nothing_to_the_order_of_rows(columns, random):
+    groups = arms("broken", **{f"a{i}": values for i, values in enumerate(columns)})
+    names = list(groups)
+    random.shuffle(names)
+    assert results.best({name: groups[name] for name in names}, "broken") == results.best(groups, "broken")

@@ -34,6 +34,8 @@ _HOME = {
     "evaluate": "shl.eval",
     "compare": "shl.eval",
     "trajectory": "shl.plot",
+    "dose_response": "shl.plot",
+    "training_curves": "shl.plot",
     "write_report": "shl.report",
     "describe": "shl.info",
     "append_row": "shl.results",

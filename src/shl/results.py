@@ -16,11 +16,22 @@ from shl import __version__
 from shl.core.console import plain, warn
 from shl.core.errors import InputError
 from shl.core.files import atomic_file, default_mode
+from shl.core.metrics import is_trait
+from shl.core.metrics import metric as describe_metric
 from shl.core.provenance import argv, canonical, commit
+from shl.core.runs import REFERENCES
 
 Row = dict[str, str]
 
 METRICS = ("auth_nats", "care_nats", "p_ans_any", "json_is_valid", "ppx_json", "free_ppl_p90", "top1")
+BOLD = (
+    "Bold: better than every other arm by more than the standard deviation of either. Base and prompted are no arms; a "
+    "trait is better towards the prompt, and arms with a broken row do not compete in it."
+)
+NO_BOLD = (
+    "Nothing is marked as best: no arm is better than every other by more than the standard deviation of either "
+    "(an arm with one row has none)."
+)
 SECTION = ("model", "model_digest", "suite", "settings", "n")  # rows that differ here are never averaged or compared
 _ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r", "\0": "\\0"}
 _UNESCAPES = {"\\": "\\", "t": "\t", "n": "\n", "r": "\r", "0": "\0"}
@@ -216,12 +227,67 @@ def _section(
     if settings:
         lines += [f"Settings: {_code(settings)}", ""]
     lines += ["| " + " | ".join(map(_text, columns)) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    leaders = {metric: best(groups, metric) for metric in metrics}
     for name, rows in groups.items():
         seeds = sorted({row.get("seed", "") for row in rows} - {""}, key=lambda seed: (len(seed), seed))
-        cells = [*name, *(spread([row.get(m, "") for row in rows]) for m in metrics), str(len(rows)), ",".join(seeds)]
-        lines.append("| " + " | ".join(map(_text, cells)) + " |")
+        told = [_text(spread([row.get(m, "") for row in rows])) for m in metrics]
+        told = [f"**{cell}**" if leaders[m] == name else cell for m, cell in zip(metrics, told, strict=True)]
+        lines.append("| " + " | ".join([*map(_text, name), *told, str(len(rows)), _text(",".join(seeds))]) + " |")
+    if len(_arms(groups)) > 1:
+        lines += ["", BOLD if any(leaders.values()) else NO_BOLD]
     lines += ["", *(f"- {_text(', '.join(name))}: {_code(line)}" for name, line in _lines(groups)), ""]
     return "\n".join(lines)
+
+
+def best(groups: Mapping[tuple[str, ...], Sequence[Row]], metric: str) -> tuple[str, ...] | None:
+    """The arm that is better than every other by more than the standard deviation of either; None when none is.
+
+    Base and prompted rows are no arms. A trait has no better side of its own: it is the one that the prompted rows lie
+    on, and an arm with a broken row is no candidate, since a collapsed model makes traits look excellent.
+    """
+    arms = _arms(groups)
+    if is_trait(metric):
+        way = _meant(groups, metric)
+        arms = {name: rows for name, rows in arms.items() if not any(_broken(row) for row in rows)}
+    else:
+        way = {"up": 1, "down": -1}.get(describe_metric(metric).better, 0)
+    found = {name: _numbers(rows, metric) for name, rows in arms.items()}
+    found = {name: values for name, values in found.items() if values}
+    if not way or len(found) < 2:
+        return None
+    first = max(found, key=lambda name: way * statistics.fmean(found[name]))
+    ahead = all(_apart(found[first], values) for name, values in found.items() if name != first)
+    return first if ahead else None
+
+
+def _arms(groups: Mapping[tuple[str, ...], Sequence[Row]]) -> dict[tuple[str, ...], Sequence[Row]]:
+    """The groups that compete: not those of references alone."""
+    return {name: rows for name, rows in groups.items() if any(row.get("arm") not in REFERENCES for row in rows)}
+
+
+def _meant(groups: Mapping[tuple[str, ...], Sequence[Row]], metric: str) -> int:
+    """Which way the persona moves a trait as a prompt: 1, -1, or 0 when nobody measured it."""
+    rows = [row for group in groups.values() for row in group]
+    base, prompted = (_numbers([row for row in rows if row.get("arm") == name], metric) for name in REFERENCES)
+    if not base or not prompted:
+        return 0
+    shift = statistics.fmean(prompted) - statistics.fmean(base)
+    return (shift > 0) - (shift < 0)
+
+
+def _apart(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two means differ by more than the spread of either; a single row has no spread, so nothing is known."""
+    if min(len(one), len(other)) < 2:
+        return False
+    return abs(statistics.fmean(one) - statistics.fmean(other)) > max(map(statistics.stdev, (one, other)))
+
+
+def _broken(row: Row) -> bool:
+    return (row.get("verdict") or "").startswith("broken")
+
+
+def _numbers(rows: Sequence[Row], metric: str) -> list[float]:
+    return [value for row in rows if (value := number(row.get(metric, ""))) is not None]
 
 
 def _text(text: str) -> str:

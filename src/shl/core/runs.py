@@ -9,6 +9,7 @@ from pathlib import Path
 
 REFERENCES = ("base", "prompted")  # evaluations beside the arms: what every round is held against
 STEERED = "steered"
+FILTERED = ("keep.jsonl", "rejects.jsonl")
 # what a round leaves behind; a folder named r3 that holds none of these is somebody else's
 PARTS = ("v.safetensors", "completions.jsonl", "completions.jsonl.part", "keep.jsonl", "adapter", "steered.json",
          "eval.json", "samples.jsonl")  # fmt: skip
@@ -21,6 +22,12 @@ class Round:
     arm: str
     number: int
     folder: Path
+
+    @property
+    def said(self) -> list[Path]:
+        """The files that hold every completion: completions.jsonl, or the two that the filter of a pipe wrote."""
+        whole, pieces = self.folder / "completions.jsonl", [self.folder / name for name in FILTERED]
+        return [whole] if whole.is_file() else pieces if all(piece.is_file() for piece in pieces) else []
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from shl.core.metrics import metric
 from shl.report.scores import Row
-from shl.report.words import MINUS, metric, show
+from shl.report.words import MINUS, show
 
 QUOTE = 90  # characters of an answer in a sentence
 LEAST = 0.05  # a smaller shift of the prompt is no denominator

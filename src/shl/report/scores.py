@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from shl.core.evaluations import read_evaluation
+from shl.core.metrics import metric
 from shl.core.runs import Scored, evaluations
 from shl.core.strict import is_number
 from shl.report.notes import Notes
-from shl.report.words import TABLE, metric, number
+from shl.report.words import TABLE, number
 
 Row = dict[str, Any]
 
