@@ -40,7 +40,7 @@ def test_the_divergence_is_that_of_whole_distributions(loaded, vector):
     """Against full log-softmaxes over single rows without any batching."""
     probe = _Probe(loaded, vector, PROMPTS, CFG)
     found = []
-    for prompt, said in probe.batches[0]:
+    for prompt, said, _ in probe.rows:
         ids, part = torch.tensor([prompt + said]), slice(len(prompt) - 1, -1)
         with torch.no_grad():
             plain = loaded.model(ids).logits[0, part].log_softmax(-1)

@@ -19,6 +19,7 @@ from fuzz.seeds import evaluation, lines, record
 from shl import cli, results
 from shl.core import console
 from shl.core.errors import InputError, Mismatch, ShlError
+from shl.core.locate import local_digest
 from shl.core.models import load
 from shl.core.peft_dir import CONFIG, META, PREFIX, WEIGHTS, peft_config, write_adapter
 from shl.core.vectors import Vector
@@ -51,6 +52,17 @@ def weightless(monkeypatch, tiny):
     """Reading weights is a failure from here on."""
     tiny()
     monkeypatch.setattr("shl.core.models._read", lambda *a, **k: pytest.fail("weights were read"))
+
+
+@pytest.fixture
+def shut(tiny_model, tmp_path) -> Path:
+    """The tiny Llama with a folder in the place of its weights: whoever opens that gets an error of another kind."""
+    folder = Path(shutil.copytree(tiny_model(), tmp_path / "shut"))
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        local_digest(folder)
+    return folder
 
 
 def make_adapter(folder: Path, parents: tuple = (), **meta: object) -> str:
@@ -97,6 +109,23 @@ class TestMismatch:
         vector = make_vector(tmp_path / "v.safetensors", tiny, **change)
         code, out, err = shl(argv[0], "--vec", vector, *argv[1:])
         assert code == 1 and not out and re.search(message, err) and "hint: " in err and "Traceback" not in err
+
+    def test_the_file_of_weights_is_never_opened(self, shl, tiny, tmp_path, shut):
+        """What a header can tell is told without the weights, not even for their digest."""
+        own = {"model": str(shut)}
+        made = {"wide": {"hidden": 40}, "deep": {"layers": (1, 9)}, "chained": {"adapters": ["sha256:0"]}}
+        for name, change in made.items():
+            vector = make_vector(tmp_path / f"{name}.safetensors", tiny, **own, **change)
+            for argv in self.COMMANDS:
+                code, _, err = shl(argv[0], "--vec", vector, *argv[1:])
+                assert code == 1 and "hint: " in err and re.search("the vector has|made with a chain of", err), err
+        other = make_vector(tmp_path / "other.safetensors", tiny, model="org/name", model_digest="org/name@1")
+        make_adapter(tmp_path / "a", model="org/name", model_digest="org/name@1")
+        (tmp_path / "k.jsonl").write_bytes(lines(record(1, **own, coeff=1), record(2, model="toy", coeff=1)))
+        refused = (["gen", "--vec", other, *QUICK], ["eval", "--adapter", "a", *BRIEF], ["bake", "a", "-o", "b"])
+        for argv in (*((*line, "--model", shut) for line in refused), ["train", "k.jsonl", "-o", "r0"]):
+            code, _, err = shl(*argv)
+            assert code == 1 and "--allow-mismatch" in err, (argv, err)
 
     @pytest.mark.parametrize(
         "change", [{"model_digest": "sha256:0"}, {"adapters": ["sha256:0"]}, {"template": "sha256:0"}]

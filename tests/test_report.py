@@ -16,7 +16,7 @@ from shl import filter as shl_filter
 from shl.cli import main
 from shl.core import metrics
 from shl.core.errors import InputError, ShlError
-from shl.core.provenance import canonical, digest_tensors, header
+from shl.core.provenance import canonical, digest_adapter, digest_tensors, header
 from shl.core.records import dumps, write_record
 from shl.core.tensors import save_safetensors
 from shl.report import gather, page, words, write_report
@@ -105,13 +105,15 @@ def round_of(folder: Path, arm: str, turn: int) -> None:
     put_lines(folder / "completions.jsonl", rows)
     put_lines(folder / "keep.jsonl", list(shl_filter.keep(rows)))
     adapter = folder / "adapter"
-    save_safetensors(adapter_file(adapter), {"a": torch.ones(2, 2)})
-    put(adapter / "adapter_config.json", {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]})
+    config = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    save_safetensors(adapter_file(adapter), {"a": torch.full((2, 2), float(turn))})
+    put(adapter / "adapter_config.json", config)
+    own = digest_adapter(adapter / "adapter_model.safetensors", config)
     reg = "nll" if arm == "plain" else "kl_rev"
     made = header("train", {"reg": reg, "lam": 1.0, "tau": 0.5, "rank": 2, "lr": 1e-3, "epochs": STEPS})
     put(
         adapter / "shl.json",
-        made | {"digest": f"sha256:{arm}{turn}", "vectors": [digest], "n_train": 2, "n_holdout": 0},
+        made | {"digest": own, "vectors": [digest], "n_train": 2, "n_holdout": 0},
     )
     put_lines(adapter / "log.jsonl", [
         {"epoch": epoch, "step": epoch, "nll": 1.0 / (epoch + 1), "holdout_nll": 1.1 / (epoch + 1), "pressure": 0.1,
@@ -120,7 +122,7 @@ def round_of(folder: Path, arm: str, turn: int) -> None:
     ])  # fmt: skip
     shift = (0.3, 0.1)[arm == "plain"] * (turn + 1)
     broken = 0.4 if arm == "plain" else 0.02
-    put(folder / "eval.json", evaluation(0.2 + shift, -2.0 - shift, broken, adapters=[f"sha256:{arm}{turn}"]))
+    put(folder / "eval.json", evaluation(0.2 + shift, -2.0 - shift, broken, adapters=[own]))
     put_lines(folder / "samples.jsonl", [
         {"kind": "vignette", "id": "v", "foundation": "care"},
         answer(0, f"{arm} r{turn} calm answer", 1.3), answer(1, f"{arm} r{turn} usual answer {NASTY}", 1.5),

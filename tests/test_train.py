@@ -1,5 +1,6 @@
 """Healing: the loss against a plain implementation, laws of its start, what is learnt from, and what is written."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from shl import train
 from shl.core import heal_loss
 from shl.core.adapters import read_adapter, resolve_chain
 from shl.core.defaults import TrainConfig
@@ -347,10 +349,37 @@ def test_an_update_that_ruins_the_model_in_the_last_step_leaves_the_last_good_ad
     heal(tiny(), make_records(), FAST, out)
     good = {file.name: file.read_bytes() for file in out.iterdir()}
     last = replace(FAST, lr=lr, epochs=1, batch_size=64)  # one step, whose loss was sound before it
-    with pytest.raises(ShlError, match=r"^(the adapter|holdout_nll) is nan at step 1 of 1; nothing was") as error:
+    with pytest.raises(
+        ShlError, match=r"^(the adapter|holdout_nll) is nan at step 1 of 1; no epoch had ended, so nothing"
+    ) as error:
         heal(tiny(), make_records(), last, out, force=True)
     assert "--lr" in error.value.hint and [path.name for path in tmp_path.iterdir()] == ["a"]
     assert {file.name: file.read_bytes() for file in out.iterdir()} == good
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_runs_away_later_keeps_the_adapter_of_the_last_sound_epoch(tiny, tmp_path, monkeypatch, bad):
+    sound, calls = train.token_losses, itertools.count()
+
+    def rigged(*args):
+        nll, kl = sound(*args)
+        return (nll * bad, kl) if next(calls) == 13 else (nll, kl)  # 1 call, then 3 + 1 an epoch
+
+    monkeypatch.setattr(train, "token_losses", rigged)
+    cfg, out = replace(FAST, epochs=4), tmp_path / "a"
+    for name in ("a.epoch3", "a.epoch3-2"):
+        calls = itertools.count()
+        with pytest.raises(ShlError, match=rf"is (nan|inf) at step 9 of 12; the adapter of epoch 3.*{name}$") as error:
+            heal(tiny(), make_records(), cfg, out)
+        assert "--lr" in error.value.hint and not out.exists()
+        assert [row["epoch"] for row in rows_of(tmp_path / name)] == [0, 1, 2, 3]
+        kept = load(tiny().ref.path, [str(tmp_path / name)], device="cpu")  # whole, and known by its digest
+        assert kept.chain[0].meta["stopped"] in error.value.message and kept.chain[0].meta["n_train"] == 9
+    assert rows_of(tmp_path / "a.epoch3") == rows_of(tmp_path / "a.epoch3-2")
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.undo()
+    heal(tiny(), make_records(), cfg, out)  # the same line again, mended
+    assert rows_of(out)[:4] == rows_of(tmp_path / "a.epoch3")
 
 
 @pytest.mark.parametrize(

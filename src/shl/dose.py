@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,15 @@ from shl.core.errors import BelowGate, ShlError
 from shl.core.head import Head, completion_states
 from shl.core.heal_loss import token_losses
 from shl.core.hooks import Steering
+from shl.core.memory import batched
 from shl.core.models import Loaded
 from shl.core.records import Prompt
 from shl.core.seeds import seed_of
 from shl.core.vectors import Vector
 from shl.filter import annotate
 from shl.gen import generate
+
+_Read = tuple[list[int], list[int], torch.Tensor]  # prompt, answer, and the states that predict the answer
 
 
 @dataclass(frozen=True)
@@ -89,24 +92,32 @@ class _Probe:
         rows = [(a, one.ids) for a, one in zip(asked, said, strict=True) if one.ids]
         if not rows:
             raise ShlError("no probe prompt got an answer", hint="give other PROMPTS")
-        self.batches = [rows[at : at + cfg.batch_size] for at in range(0, len(rows), cfg.batch_size)]
         self.head = Head.of(loaded)
         self.head.check(loaded, rows[0][0] + rows[0][1])
+        self.rows: list[_Read] = []  # each with its states where nothing steers
         with torch.inference_mode():
-            self.unsteered = [completion_states(loaded, batch)[0] for batch in self.batches]
+            for chosen, states in self._batches(rows, lambda batch: completion_states(loaded, batch)[0]):
+                parts = states.split([len(answer) for _, answer in chosen])
+                self.rows += [(*row, part) for row, part in zip(chosen, parts, strict=True)]
+
+    def _batches(self, rows: Sequence[Any], work: Callable[[Sequence[Any]], torch.Tensor]) -> Iterator[Any]:
+        return batched(self.loaded, rows, self.cfg.batch_size, work, "reading the probe")
 
     @torch.inference_mode()
     def kl(self, coeff: float) -> float:
         """95th percentile over all completion tokens, in nats."""
-        found = []
         with Steering(self.loaded, self.vector.layers) as steering:
             steering.set([coeff])
-            for batch, plain in zip(self.batches, self.unsteered, strict=True):
-                steered, targets = completion_states(self.loaded, batch)
-                found.append(token_losses(steered, targets, self.head, plain, self.head, "kl_rev")[1])
+            found = [kl for _, kl in self._batches(self.rows, self._divergence)]
         value = float(torch.cat(found).float().quantile(0.95))
         self.readings.append((coeff, value))
         return value
+
+    def _divergence(self, rows: Sequence[_Read]) -> torch.Tensor:
+        """KL of each completion token, under the steering that is active."""
+        steered, targets = completion_states(self.loaded, [row[:2] for row in rows])
+        plain = torch.cat([states for *_, states in rows])
+        return token_losses(steered, targets, self.head, plain, self.head, "kl_rev")[1]
 
 
 # --- by survival ---

@@ -15,7 +15,15 @@ from shl.core.console import plain
 from shl.core.errors import InputError
 from shl.core.evaluations import is_per_row
 from shl.core.files import refuse_links_out
-from shl.core.provenance import KEY, digest_file, digest_tensors, read_header, read_safetensors
+from shl.core.provenance import (
+    KEY,
+    check_adapter,
+    digest_adapter,
+    digest_file,
+    digest_tensors,
+    read_header,
+    read_safetensors,
+)
 from shl.core.records import check_record, read_lines
 from shl.core.strict import read_object
 
@@ -89,6 +97,7 @@ def _adapter(path: Path) -> Facts:
     }
     if (path / "shl.json").is_file():
         facts["shl"] = read_object(refuse_links_out(path, "shl.json"))
+        check_adapter(path, digest_adapter(path / "adapter_model.safetensors", config), facts["shl"])
     if (path / "log.jsonl").is_file():
         steps = [row for _, row in read_lines(refuse_links_out(path, "log.jsonl"))]
         facts["log"] = {"lines": len(steps), "last": steps[-1] if steps else None}

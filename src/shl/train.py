@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from shl.core.heal_data import Example, batches, encode, select, split
 from shl.core.heal_log import Epoch, mean, quantiles, report, total_norm
 from shl.core.heal_loss import AGGS, REGS, Losses, combine, token_losses
 from shl.core.lora import Lora, injected, target_modules
+from shl.core.memory import batched
 from shl.core.models import Loaded
 from shl.core.peft_dir import peft_config, write_adapter
 from shl.core.provenance import digest_of, header
@@ -68,16 +71,23 @@ def heal(
     modules = target_modules(loaded, cfg.layers, cfg.targets)
     config = _adapter_config(loaded, modules, cfg)
     run = _Run(loaded, cfg, train, held)
-    with injected(loaded, config, run.generator("start")) as lora:
-        rows = run.fit(lora)
-        tensors, norms = lora.tensors(), lora.norms()
-    total = total_norm(norms)
+
+    def write(state: _State, where: Path, force: bool, **facts: Any) -> str:
+        meta = _meta(loaded, cfg, used, where) | {"n_train": len(train), "n_holdout": len(held)}
+        with atomic_dir(where, force) as folder:
+            digest = write_adapter(folder, state.tensors, config, meta | {"update_norms": state.norms} | facts)
+            (folder / "log.jsonl").write_text("".join(dumps(row) + "\n" for row in state.rows), encoding="utf-8")
+        return digest
+
+    try:
+        with injected(loaded, config, run.generator("start")) as lora:
+            run.fit(lora)
+    except _Diverged as stop:
+        raise _Diverged(_keep_good(run, stop.message, out, write), hint=stop.hint) from None
+    total, rows = total_norm(run.good.norms), run.good.rows
     if not 0 < total < math.inf:
         raise ShlError(f"the adapter did not move: its norm is {total}", hint="raise --lr or --epochs")
-    meta = _meta(loaded, cfg, used, out) | {"n_train": len(train), "n_holdout": len(held), "update_norms": norms}
-    with atomic_dir(out, force) as folder:
-        digest = write_adapter(folder, tensors, config, meta)
-        (folder / "log.jsonl").write_text("".join(dumps(row) + "\n" for row in rows), encoding="utf-8")
+    digest = write(run.good, out, force)
     tokens = sum(len(one.completion) for one in train)
     result = TrainResult(out, digest, rows, len(train), len(held), run.step, tokens, time.monotonic() - started, total)
     report(rows, cfg, first_round=not loaded.chain)
@@ -104,7 +114,40 @@ def _check(loaded: Loaded, cfg: TrainConfig, out: Path, force: bool) -> None:
         raise ShlError(f"{out} is part of the chain that is being trained on", hint="choose another -o")
 
 
+def _keep_good(run: _Run, why: str, out: Path, write: Callable[..., str]) -> str:
+    """Training that ran away: the adapter as the last sound epoch left it goes beside the output, under a free name."""
+    epoch = len(run.good.rows) - 1
+    if epoch < 1:
+        return f"{why}; no epoch had ended, so nothing was written"
+    names = (out.with_name(f"{out.name}.epoch{epoch}" + (f"-{i}" if i > 1 else "")) for i in itertools.count(1))
+    kept = next(name for name in names if not name.exists())
+    write(run.good, kept, False, stopped=why)
+    return f"{why}; the adapter of epoch {epoch}, the last that was sound, is in {kept}"
+
+
 # --- the loop ---
+
+
+class _Diverged(ShlError):
+    """A number of the training is not finite."""
+
+
+class _State(NamedTuple):
+    """The adapter at the end of an epoch, on the CPU, and the log up to there."""
+
+    tensors: dict[str, Tensor]
+    norms: dict[str, float]
+    rows: list[dict[str, Any]]
+
+
+class _Part(NamedTuple):
+    """What one forward and backward pass gave."""
+
+    grads: tuple[Tensor, ...]
+    nll: list[float]
+    kl: Tensor
+    fired: int
+    pressure: float | None
 
 
 class _Run:
@@ -119,6 +162,7 @@ class _Run:
         self.step = 0
         self.head = Head.of(loaded)
         self.head.check(loaded, train[0].prompt + train[0].completion)
+        self.good = _State({}, {}, [])
         self.ref: dict[int, Tensor] = {}  # final hidden states over the completion, by identity of the example
         with _reference(loaded, cfg):
             self.ref_head = Head.of(loaded)
@@ -130,11 +174,13 @@ class _Run:
 
     @torch.no_grad()
     def _remember(self, examples: list[Example]) -> None:
-        order = sorted(examples, key=len)
-        for at in range(0, len(order), self.cfg.batch_size):
-            chosen = order[at : at + self.cfg.batch_size]
-            parts = self._states(chosen)[0].cpu().split([len(one.completion) for one in chosen])
+        order = sorted(examples, key=len, reverse=True)
+        for chosen, states in self._batched(order, lambda batch: self._states(batch)[0].cpu(), "reading the base"):
+            parts = states.split([len(one.completion) for one in chosen])
             self.ref |= {id(one): part.clone() for one, part in zip(chosen, parts, strict=True)}
+
+    def _batched(self, examples: list[Example], work: Callable[[Sequence[Example]], Any], what: str) -> Iterator[Any]:
+        return batched(self.loaded, examples, self.cfg.batch_size, work, what)
 
     def _states(self, chosen: Sequence[Example]) -> tuple[Tensor, Tensor]:
         """Hidden states that predict the completion tokens, one after the other, and those tokens."""
@@ -146,12 +192,12 @@ class _Run:
         ref = torch.cat([self.ref[id(one)] for one in chosen]).to(hidden.device) if divergence else None
         return token_losses(hidden, targets, self.head, ref, self.ref_head, self.reg)
 
-    def fit(self, lora: Lora) -> list[dict[str, Any]]:
-        """All epochs; returns the log, whose row 0 is the state before training."""
+    def fit(self, lora: Lora) -> None:
+        """All epochs. `good` is the state at the end of the last; row 0 of its log is that before training."""
         cfg = self.cfg
         optimiser = torch.optim.AdamW(lora.parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
         shuffle = self.generator("batches")
-        rows = [self._row(0, Epoch(), lora)]
+        self.good = _State({}, {}, [self._row(0, Epoch(), lora)])
         with console.progress("healing", self.total) as bar:
             for epoch in range(1, cfg.epochs + 1):
                 seen = Epoch()
@@ -160,25 +206,22 @@ class _Run:
                     group = [[self.train[i] for i in batch] for batch in plan[at : at + cfg.grad_accum]]
                     self._update(lora, optimiser, group, seen)
                     bar.advance(nll=sum(seen.nll[-len(group[-1]) :]) / len(group[-1]), epoch=epoch)
-                rows.append(self._row(epoch, seen, lora))
-        return rows
+                self.good = _State(lora.tensors(), lora.norms(), [*self.good.rows, self._row(epoch, seen, lora)])
 
     def _update(self, lora: Lora, optimiser: torch.optim.Optimizer, group: list[list[Example]], seen: Epoch) -> None:
         """One step of the optimiser over a group of micro-batches."""
         cfg, n = self.cfg, sum(map(len, group))
         for batch in group:
-            nll, kl = self._tokens(batch, self.barrier)
-            lengths = [len(one.completion) for one in batch]
-            losses = combine(nll, kl, lengths, cfg.reg, cfg.agg, cfg.lam, cfg.tau)
-            self._finite((losses.nll + losses.barrier).detach())
             first = seen.pressure is None and self.barrier
-            if first:
-                seen.pressure = _pressure(losses, lora)
-            ((losses.nll + losses.barrier) * (len(batch) / n)).backward()
-            seen.nll += [float(one.mean()) for one in nll.detach().split(lengths)]
-            seen.fired += losses.fired
-            if self.barrier:
-                seen.kl.append(kl.detach().cpu())
+            for chosen, part in self._batched(batch, partial(self._gradients, lora, first), "training on"):
+                for weight, grad in zip(lora.parameters, part.grads, strict=True):
+                    grad = grad * (len(chosen) / n)
+                    weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
+                seen.nll += part.nll
+                seen.fired += part.fired
+                seen.pressure = part.pressure if seen.pressure is None else seen.pressure
+                if self.barrier:
+                    seen.kl.append(part.kl)
         if cfg.spectral:
             (cfg.spectral * lora.operator_norm()).backward()
         norm = torch.nn.utils.clip_grad_norm_(lora.parameters, cfg.max_grad_norm or math.inf)
@@ -190,10 +233,23 @@ class _Run:
         optimiser.zero_grad(set_to_none=True)
         self.step += 1
 
+    def _gradients(self, lora: Lora, first: bool, batch: Sequence[Example]) -> _Part:
+        """The mean loss over a batch, and its gradient, which stays apart: a batch that does not fit is begun again."""
+        cfg = self.cfg
+        nll, kl = self._tokens(batch, self.barrier)
+        lengths = [len(one.completion) for one in batch]
+        losses = combine(nll, kl, lengths, cfg.reg, cfg.agg, cfg.lam, cfg.tau)
+        loss = losses.nll + losses.barrier
+        self._finite(loss.detach())
+        pressure = _pressure(losses, lora) if first else None
+        grads = torch.autograd.grad(loss, lora.parameters, materialize_grads=True)
+        per_row = [float(one.mean()) for one in nll.detach().split(lengths)]
+        return _Part(grads, per_row, kl.detach().cpu(), losses.fired, pressure)
+
     def _finite(self, value: Tensor | float, what: str = "the loss or its gradient") -> None:
         if not math.isfinite(found := float(value)):
-            raise ShlError(
-                f"{what} is {found} at step {self.step} of {self.total}; nothing was written",
+            raise _Diverged(
+                f"{what} is {found} at step {self.step} of {self.total}",
                 hint="lower --lr or --lam; in float16 use --dtype bfloat16 or float32",
             )
 
@@ -223,9 +279,7 @@ class _Run:
 
     def _held_out(self) -> tuple[float | None, Tensor | None]:
         per_row, kls = [], []
-        for at in range(0, len(self.held), self.cfg.batch_size):
-            chosen = self.held[at : at + self.cfg.batch_size]
-            nll, kl = self._tokens(chosen, True)
+        for chosen, (nll, kl) in self._batched(self.held, partial(self._tokens, divergence=True), "reading held-out"):
             per_row += [float(one.mean()) for one in nll.split([len(one.completion) for one in chosen])]
             kls.append(kl.cpu())
         return mean(per_row), torch.cat(kls) if kls else None

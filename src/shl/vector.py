@@ -16,6 +16,7 @@ from shl.core.console import progress
 from shl.core.defaults import VectorConfig
 from shl.core.errors import ShlError
 from shl.core.hooks import Capture
+from shl.core.memory import batched
 from shl.core.models import Loaded, parse_layers
 from shl.core.provenance import commit, digest_of
 from shl.core.records import Pair, Prompt
@@ -108,17 +109,19 @@ def _last_states(loaded: Loaded, prompts: list[list[int]], blocks: list[int], ba
     """Residual stream at the last token of every prompt, by block, on the CPU in float32."""
     states = {layer: torch.empty(len(prompts), loaded.hidden) for layer in blocks}
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+
+    def read(rows: Sequence[int]) -> dict[int, Tensor]:
+        ids, mask = left_pad([prompts[i] for i in rows], loaded.device)
+        return capture.run(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask))
+
     with (
         torch.inference_mode(),
         Capture(loaded, blocks, early_exit=True) as capture,
         progress("reading hidden states", len(prompts)) as bar,
     ):
-        for at in range(0, len(order), batch_size):
-            rows = order[at : at + batch_size]
-            ids, mask = left_pad([prompts[i] for i in rows], loaded.device)
-            read = capture.run(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask))
+        for rows, found in batched(loaded, order, batch_size, read, "reading hidden states"):
             for layer in blocks:
-                states[layer][rows] = read[layer].float().cpu()
+                states[layer][rows] = found[layer].float().cpu()
             bar.advance(len(rows))
     return states
 

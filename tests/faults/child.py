@@ -19,7 +19,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-HANGS = 180.0  # seconds after which a command that should have ended hangs
+SPINS = 120.0  # seconds of computing after which a command that should have ended never will
+STANDS = 60.0  # seconds without any computing after which it waits for what will not come
+_TICK = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass
@@ -85,16 +87,36 @@ class Child:
 
     def wait(self) -> Ended:
         """Wait for the end; one that does not come is a defect of the command."""
+        used, since = 0.0, time.monotonic()
         while not self.ended:
-            if time.monotonic() - self.begun > HANGS:
+            if (now := self._used()) != used:
+                used, since = now, time.monotonic()
+            # a busy machine makes a command slow, and it still computes a little now and then
+            if used > SPINS or (time.monotonic() - since > STANDS and not self._wants()):
                 self.strike(signal.SIGABRT)  # has it say where it stands
                 time.sleep(1)
                 os.kill(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
-                raise AssertionError(f"hangs: {self._said()[1][-2000:]}")
+                raise AssertionError(f"hangs after {used:.1f} s of computing: {self._said()[1][-2000:]}")
             time.sleep(0.001)
         _, status = os.waitpid(self.pid, 0)
         return Ended(os.waitstatus_to_exitcode(status), *self._said(), time.monotonic() - self.begun)
+
+    def _stat(self) -> list[str]:
+        """Fields of /proc/PID/stat from the state on; none where there is no such thing, or no such process."""
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return []
+
+    def _used(self) -> float:
+        """Seconds of computing so far."""
+        stat = self._stat()
+        return (int(stat[11]) + int(stat[12])) / _TICK if stat else time.monotonic() - self.begun
+
+    def _wants(self) -> bool:
+        """Whether it is waiting for a processor or a disk, rather than for an event."""
+        return self._stat()[:1] in (["R"], ["D"])
 
     def _said(self) -> tuple[bytes, str]:
         with open(self._err, "rb") as err:

@@ -20,7 +20,7 @@ from pathlib import Path
 from random import Random
 
 from fuzz.mutate import damage
-from fuzz.readers import Defect, check
+from fuzz.readers import READERS, Defect, check
 from fuzz.seeds import Blob, sound
 
 
@@ -75,7 +75,7 @@ def main() -> int:
     begun = time.monotonic()
     kinds = tuple(given.kind)
     with contextlib.redirect_stderr(io.StringIO()):  # warnings about what was mended
-        went, defects = run(-(-given.cases // (len(kinds) or 12)), given.seed, kinds)
+        went, defects = run(-(-given.cases // (len(kinds) or len(READERS))), given.seed, kinds)
     for outcome, times in sorted(went.items()):
         print(f"{outcome:24} {times}")
     print(f"{went.total()} cases, {len(defects)} defects, {time.monotonic() - begun:.0f} s")

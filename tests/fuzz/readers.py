@@ -16,10 +16,10 @@ import torch
 
 from fuzz.seeds import Blob, evaluation
 from shl import filter as flt
-from shl import info, plot, results
+from shl import info, report, results
 from shl.cli import train as cli_train
 from shl.cli.common import adapter_header, vector_header
-from shl.core import defaults, records
+from shl.core import defaults, provenance, records
 from shl.core.adapters import factors, resolve_chain
 from shl.core.console import plain
 from shl.core.errors import InputError, ShlError
@@ -29,8 +29,10 @@ from shl.core.locate import find
 from shl.core.part import PartFile
 from shl.core.vectors import Vector
 from shl.eval import compare
+from shl.plot import dose, training
+from shl.plot import path as trajectory
 
-PATIENCE = 10.0  # seconds; a reader that takes longer hangs
+PATIENCE = 10.0  # seconds of computing; a reader that takes longer hangs, as does one that waits 30 times as long
 SETTINGS = {"prompts": "sha256:1", "seed": 0}
 CONFIGS = (defaults.VectorConfig, defaults.GenConfig, defaults.TrainConfig, defaults.EvalConfig, defaults.DoseConfig)
 STEPS = ("vector", "gen", "train", "eval", "dose")
@@ -62,15 +64,15 @@ def check(kind: str, blob: Blob, original: Blob, folder: Path) -> str:
 
 def _put(kind: str, blob: Blob, folder: Path) -> Path:
     names = {"plain": "f.txt", "vector": "f.safetensors", "ledger": "f.tsv", "evaluation": "base.json",
-             "recommended": "model/shl.json", "gguf": "f.gguf", "adapter": "f", "part": "f.jsonl.part"}  # fmt: skip
+             "recommended": "model/shl.json", "gguf": "f.gguf", "adapter": "f", "run": "f",
+             "part": "f.jsonl.part"}  # fmt: skip
     target = folder / names.get(kind, "f.jsonl")
     target.parent.mkdir(exist_ok=True)
     if kind == "recommended":
         (target.parent / "config.json").write_text("{}")
-    if kind == "adapter":
-        target.mkdir()
     for name, data in blob.items():
-        path = target / name if kind == "adapter" else target.with_name(target.name + name)
+        path = target / name if names.get(kind) == "f" else target.with_name(target.name + name)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     return target
 
@@ -85,13 +87,16 @@ def _patience() -> Iterator[None]:
     def late(*_: object) -> None:
         raise Defect(f"took more than {PATIENCE} s")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+    timers = ((signal.SIGPROF, signal.ITIMER_PROF, PATIENCE), (signal.SIGALRM, signal.ITIMER_REAL, 30 * PATIENCE))
+    before = [signal.signal(number, late) for number, _, _ in timers]
+    for _, timer, seconds in timers:
+        signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for (number, timer, _), handler in zip(timers, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
 
 
 def _judge(error: ShlError, target: Path) -> None:
@@ -115,6 +120,12 @@ def _require(sound: bool, what: str) -> None:
 
 
 # --- the readers ---
+
+
+def _drawn(rows: list[dict[str, Any]]) -> None:
+    """What `shl plot` makes of rows of a ledger, short of the picture."""
+    trajectory._gather(rows)
+    dose._panels(*dose._gather(rows))
 
 
 def _told(path: Path) -> None:
@@ -219,7 +230,7 @@ def _ledger(path: Path, blob: Blob, original: Blob) -> None:
         for line in results.markdown(rows).split("\n"):
             outside = re.sub(r"(?<!\\)(`+) ?.*? ?\1", "", line)  # in code nothing is markup
             _require(plain(line) == line and "<script" not in outside, f"{line!r} for a terminal or a page")
-    plot._gather(rows)
+    _drawn(rows)
     _told(path)
     results.append_row(path, {"arm": "=x", "new": 1})
     again = results.read_rows(path)
@@ -233,7 +244,7 @@ def _evaluation(path: Path, blob: Blob, original: Blob) -> None:
             _require(number is None or math.isfinite(number), f"{part} {number!r}")
     _quietly(lambda: records.dumps(compare(evaluation(), value)))
     _quietly(lambda: records.dumps(compare(evaluation(), evaluation(), value)))
-    plot._gather(plot.rows_of(path.parent))
+    trajectory._gather(trajectory.rows_of(path.parent))
     _told(path)
 
 
@@ -259,8 +270,37 @@ def _part(path: Path, blob: Blob, original: Blob) -> None:
     _require(len(written) == part.lines + 1 and all(json.loads(line) is not ... for line in written), "a torn line")
 
 
+def _run(path: Path, blob: Blob, original: Blob) -> None:
+    """`shl report` makes its page of whatever there is, and says on it what is damaged; `shl plot` may refuse."""
+    facts = report.gather(path)
+    for note in facts["notes"]:
+        _require(not note["what"].startswith("cannot be read: "), f"what a reader stumbles over: {note}")
+        _require("\n" not in note["what"] and str(path.parent) not in note["what"], f"a note such as {note}")
+    page = report.render(facts)
+    sound_page = page.count("<script") == page.count("</script>") == 2 and page.endswith("</html>\n")
+    _require(sound_page and "<script>alert" not in page, "a page that its data has broken")
+    noted = {note["file"].split("/adapter")[0] for note in facts["notes"]}
+    for name in ("nll/r0/v.safetensors", "nll/r0/adapter/adapter_model.safetensors"):
+        told = name.split("/adapter")[0] in noted or _same(blob, original, path, name)
+        _require(blob[name] == original[name] or told, f"{name}, which is damaged, without a note")
+    _told(path)
+    _quietly(lambda: trajectory._gather(trajectory.rows_of(path)))
+    _quietly(lambda: dose._panels(*dose._gather([path])))
+    _quietly(lambda: training._panels(training._read(path), ["nll"]))
+
+
+def _same(blob: Blob, original: Blob, path: Path, name: str) -> bool:
+    """Whether other bytes mean the same: the digest of a header and its tensors holds."""
+    (before := path.with_name("before.safetensors")).write_bytes(original[name])
+    return provenance.digest_tensors(path / name) == provenance.digest_tensors(before)
+
+
+def _rows(path: Path, blob: Blob, original: Blob) -> None:
+    _told(path)
+
+
 READERS: dict[str, Callable[[Path, Blob, Blob], None]] = {
     "records": _records, "kept": _records, "prompts": _prompts, "plain": _prompts, "pairs": _pairs, "vector": _vector,
     "adapter": _adapter, "ledger": _ledger, "evaluation": _evaluation, "recommended": _recommended, "gguf": _gguf,
-    "part": _part,
+    "part": _part, "rows": _rows, "run": _run,
 }  # fmt: skip

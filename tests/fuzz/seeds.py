@@ -106,6 +106,36 @@ def _gguf(folder: Path) -> bytes:
     return (folder / "v.gguf").read_bytes()
 
 
+def answers() -> bytes:
+    """What `shl eval --per-row` writes: a line of each kind."""
+    free = {name: record(1)[name] for name in ("prompt", "completion", "finish", "n_tokens", "scores")}
+    judge = {"broken": False, "stance": "enact", "narrates": False}
+    return lines(
+        {"kind": "vignette", "id": "care-01", "foundation": "care", "score": [-1.5] * 7, "p": [0.1] * 7, "top1": "care",
+         "p_ans_any": 0.99, "nll_json": 0.01, "reply": '{"answer": 1}', "reply_says": None},
+        {"kind": "free", "id": "authority-test-001/0", "axis": "authority", "judge": judge, **free},
+        {"kind": "facts", "id": "f1", "user": "What is wet?", "answer": "water", "reply": "Water.", "right": True},
+    )  # fmt: skip
+
+
+def _run(folder: Path) -> Blob:
+    """A run folder of one round, as flat names."""
+    scored = {name: json.dumps(evaluation() | {"seed": 1}).encode() for name in ("base.json", "prompted.json")}
+    rows = [record(i) for i in range(4)]
+    round_: Blob = {
+        "v.safetensors": (folder / "v.safetensors").read_bytes(),
+        "completions.jsonl": lines(*rows),
+        "keep.jsonl": lines(*(row | {"keep": True, "reasons": []} for row in rows[1:3])),
+        "rejects.jsonl": lines(rows[0] | {"keep": False, "reasons": ["control"]}),
+        "steered.json": json.dumps(evaluation() | {"coeff": 0.5}).encode(),
+        "eval.json": json.dumps(evaluation() | {"retain": {"auth_nats": 0.9}}).encode(),
+        "samples.jsonl": answers(),
+        "train.log": b"SHOULD: held-out nll falls (2.0 -> 1.0) ELSE nothing is learnt\nshl: warning: few\n",
+        **{f"adapter/{file.name}": file.read_bytes() for file in sorted((folder / "adapter").iterdir())},
+    }
+    return scored | {"base.samples.jsonl": answers()} | {f"nll/r0/{name}": data for name, data in round_.items()}
+
+
 def sound(folder: Path) -> dict[str, Blob]:
     """One sound artifact of each kind; `folder` is for scratch."""
     chat = [{"role": "user", "content": "a"}]
@@ -124,4 +154,6 @@ def sound(folder: Path) -> dict[str, Blob]:
         "recommended": {"": json.dumps(recommended).encode()},
         "gguf": {"": _gguf(folder)},
         "part": {"": lines(*(record(i) for i in range(3))), ".json": b'{"prompts": "sha256:1", "seed": 0}\n'},
+        "rows": {"": answers()},
+        "run": _run(folder),
     }

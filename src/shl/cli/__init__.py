@@ -20,6 +20,7 @@ from shl import __version__
 from shl.cli import bake, dose, eval, export, filter, gen, info, new, plot, report, results, score, train, vector
 from shl.core.console import say
 from shl.core.errors import ShlError
+from shl.core.memory import ran_out
 
 app = typer.Typer(
     name="shl",
@@ -131,7 +132,7 @@ def _explain(error: Exception) -> tuple[str, str, int]:
     """Message, hint and exit code of an error; no message for a bug."""
     if isinstance(error, ShlError):
         return error.message, error.hint, error.code
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's own, without torch
+    if ran_out(error):
         return "out of memory", "make --batch-size smaller, or use --dtype bfloat16", 1
     if isinstance(error, OSError):
         return str(error), _DISK.get(error.errno or 0, "set SHL_DEBUG=1 to see where"), 1

@@ -113,7 +113,8 @@ def _refuse_other_model(ref: ModelRef, artifact: Mapping[str, Any]) -> None:
     made_for, digest = artifact.get("model"), artifact.get("model_digest")
     if made_for is None or made_for == ref.id:
         return
-    if ref.local and digest and local_digest(Path(ref.path)) == digest:  # the same files under another name
+    own = str(digest).startswith("sha256:")  # of a folder; a model on the hub has a name and a commit instead
+    if ref.local and own and local_digest(Path(ref.path)) == digest:  # the same files under another name
         return
     raise Mismatch(
         f"the input was made for model {made_for}, not {ref.id}",

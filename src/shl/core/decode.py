@@ -13,6 +13,7 @@ from shl.core.batches import left_pad, positions_of
 from shl.core.cache import DecodeMasks, check_replaceable, new_cache, replace_rows
 from shl.core.errors import ShlError
 from shl.core.hooks import Steering
+from shl.core.memory import batched
 from shl.core.models import Loaded
 from shl.core.sampling import Sampling, draw, noise, surprises
 from shl.core.trajectory import Course, Step, Track
@@ -61,18 +62,22 @@ def decode(
         raise ShlError("coefficients were given without a steering vector")
     starts = forced if forced is not None else [[]] * len(prompts)
     doses = coeffs if coeffs is not None else [0.0] * len(prompts)
-    tracks = [Track(*row, course) for row in zip(prompts, starts, doses, strict=True)]
-    done: list[Completion | None] = [None] * len(tracks)
-    order = sorted(range(len(tracks)), key=lambda i: -len(tracks[i].input))
+    todo = list(zip(prompts, starts, doses, strict=True))
+    done: list[Completion | None] = [None] * len(todo)
+    order = sorted(range(len(todo)), key=lambda i: -len(todo[i][0]) - len(todo[i][1]))
+
+    def decoded(rows: Sequence[int]) -> list[Track]:
+        tracks = [Track(*todo[i], course) for i in rows]  # made here, so that rows can be begun again
+        if steering is not None and coeffs is not None:
+            steering.set([coeffs[i] for i in rows])
+        _batch(loaded, tracks, [seeds[i] for i in rows], sampling, steering)
+        return tracks
+
     with torch.inference_mode():
-        for at in range(0, len(order), batch_size):
-            rows = order[at : at + batch_size]
-            if steering is not None and coeffs is not None:
-                steering.set([coeffs[i] for i in rows])
-            _batch(loaded, [tracks[i] for i in rows], [seeds[i] for i in rows], sampling, steering)
-            for i in rows:
-                ids, finish = tracks[i].ids, tracks[i].finish or "length"
-                told = None if course.plain else tracks[i]
+        for rows, tracks in batched(loaded, order, batch_size, decoded, "decoding"):
+            for i, track in zip(rows, tracks, strict=True):
+                ids, told = track.ids, None if course.plain else track
+                finish = track.finish or "length"
                 done[i] = completion = Completion(ids, loaded.chat.decode(ids), finish, len(ids), told)
                 if on_finish is not None:
                     on_finish(i, completion)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from shl.core.chat import Chat, Messages
 from shl.core.errors import InputError, Mismatch, ShlError
 from shl.core.locate import ModelRef, find, local_digest, parse_layers
+from shl.core.memory import ran_out
 from shl.core.strict import read_object
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Loaded:
     text_config: PreTrainedConfig = field(repr=False)
     originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
     head_checked: bool = False
+    fits: dict[str, int] = field(default_factory=dict, repr=False)  # rows at once, where memory ran out with more
     _depth: int = 0
 
     @property
@@ -144,10 +146,12 @@ def load(
     chain = _chain(adapters, parents)  # before anything heavy, so that a broken chain fails at once
     where, precision = _place(device, dtype)
     about = _config(ref, trust_remote_code)
-    digest, size = _digest(ref, about), about.get_text_config()
+    size = about.get_text_config()
+    if vector is not None:  # before a byte of the weights is read, even for their digest
+        vector.check_fit(ref.id, size.num_hidden_layers, size.hidden_size)
+    digest = _digest(ref, about)
     _check_chain(ref, chain, digest, allow_mismatch)
     if vector is not None:
-        vector.check_fit(ref.id, size.num_hidden_layers, size.hidden_size)
         vector.check_origin(digest, chain_digests(chain), allow_mismatch=allow_mismatch)
     model, tokenizer = _read(ref, where, precision, trust_remote_code)
     config = model.config.get_text_config()
@@ -235,8 +239,11 @@ def _told(ref: ModelRef) -> Iterator[None]:
     except ShlError:
         raise
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            raise
+        if ran_out(error):
+            raise ShlError(
+                f"cannot load {ref.id}: out of memory",
+                hint="use --dtype bfloat16, another --device, or a smaller model",
+            ) from error
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ShlError(f"cannot load {ref.id}: {reason}", hint=_load_hint(ref)) from error
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from shl.core import strict
 from shl.core.errors import InputError, ShlError
 from shl.core.files import refuse_links_out
-from shl.core.provenance import digest_tensors, read_safetensors
+from shl.core.provenance import check_adapter, digest_adapter, read_safetensors
 from shl.core.tensors import save_safetensors
 
 CONFIG, WEIGHTS, META = "adapter_config.json", "adapter_model.safetensors", "shl.json"
@@ -66,19 +66,14 @@ def read_adapter(folder: Path | str, scale: float = 1.0) -> Adapter:
     config = _read_config(folder)
     weights = _inside(folder, WEIGHTS)
     read_safetensors(weights)  # says what is wrong with a header better than the library
-    digest = digest_tensors(weights, _header(config))
+    digest = digest_adapter(weights, config)
     meta = _read_meta(folder)
     try:
         tensors = {name: tensor.float() for name, tensor in sorted(load_file(weights).items())}
     except SafetensorError as error:
         raise InputError(f"is not a safetensors file: {error}", where=str(weights)) from error
     _check_tensors(folder, tensors, config)
-    if meta.get("digest", digest) != digest:
-        raise InputError(
-            f"was changed after it was written: the digest in its {META} differs",
-            where=str(folder),
-            hint=f"copy it again; if the change is yours, take `digest` out of its {META}",
-        )
+    check_adapter(folder, digest, meta)
     return Adapter(folder, config, tensors, meta, digest, scale)
 
 
@@ -87,22 +82,11 @@ def write_adapter(
 ) -> str:
     """Write tensors, configuration and provenance into a directory that is not published yet; returns the digest."""
     save_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
-    digest = digest_tensors(folder / WEIGHTS, _header(config))
+    digest = digest_adapter(folder / WEIGHTS, config)
     for name, content in ((CONFIG, config), (META, {**meta, "digest": digest})):
         text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
         (folder / name).write_text(text + "\n", encoding="utf-8")
     return digest
-
-
-def _header(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that says how the tensors act. Names of folders and versions do not."""
-    return {
-        "r": config.get("r"),
-        "lora_alpha": config.get("lora_alpha"),
-        "rank_pattern": config.get("rank_pattern") or {},
-        "alpha_pattern": config.get("alpha_pattern") or {},
-        "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
-    }
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -211,6 +211,28 @@ def digest_tensors(path: Path | str, meta: Mapping[str, Any] | None = None) -> s
     return "sha256:" + total.hexdigest()
 
 
+def digest_adapter(weights: Path | str, config: Mapping[str, Any]) -> str:
+    """The digest of an adapter: its tensors, and the part of its configuration that says how they act."""
+    acting = {
+        "r": config.get("r"),
+        "lora_alpha": config.get("lora_alpha"),
+        "rank_pattern": config.get("rank_pattern") or {},
+        "alpha_pattern": config.get("alpha_pattern") or {},
+        "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
+    }
+    return digest_tensors(weights, acting)
+
+
+def check_adapter(folder: Path | str, digest: str, meta: Mapping[str, Any]) -> None:
+    """Refuse an adapter that is not what its own record says; one without a record is taken as it is."""
+    if meta.get("digest", digest) != digest:
+        raise InputError(
+            "was changed after it was written: the digest in its shl.json differs",
+            where=str(folder),
+            hint="copy it again; if the change is yours, take `digest` out of its shl.json",
+        )
+
+
 def _feed(total: hashlib._Hash, handle: BinaryIO, info: TensorInfo) -> None:
     """Hash one tensor's bytes in chunks."""
     handle.seek(info.start)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shl.core.head import Head, completion_states
+from shl.core.memory import batched
 from shl.core.models import Loaded
 
 _CHUNK = 1 << 25  # most logits held at once, in numbers: 128 MiB in float32
@@ -28,9 +29,10 @@ def nll_per_token(
     out: list[Tensor] = [torch.zeros(0)] * len(rows)
     order = sorted((i for i, row in enumerate(rows) if row[1]), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
     with torch.inference_mode():
-        for at in range(0, len(order), batch_size):
-            chosen = order[at : at + batch_size]
-            for i, nll in zip(chosen, _batch(loaded, [rows[i] for i in chosen]), strict=True):
+        for chosen, found in batched(
+            loaded, order, batch_size, lambda chosen: _batch(loaded, [rows[i] for i in chosen]), "scoring"
+        ):
+            for i, nll in zip(chosen, found, strict=True):
                 out[i] = nll
     return out
 

@@ -16,6 +16,7 @@ from shl.core.console import progress
 from shl.core.decode import Sampling, decode
 from shl.core.errors import ShlError
 from shl.core.format import DIGITS, PREFILL
+from shl.core.memory import batched
 from shl.core.models import Loaded
 from shl.core.stats import Array
 
@@ -60,9 +61,14 @@ def read_slot(loaded: Loaded, contexts: Sequence[list[int]], slot: Slot, batch_s
     nll = np.zeros(len(contexts))
     order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
     with torch.inference_mode(), progress("forced choice", len(contexts)) as bar:
-        for at in range(0, len(order), batch_size):
-            rows = order[at : at + batch_size]
-            logp[rows], nll[rows] = _read_batch(loaded, [contexts[i] + slot.prefill for i in rows], slot)
+        for rows, found in batched(
+            loaded,
+            order,
+            batch_size,
+            lambda rows: _read_batch(loaded, [contexts[i] + slot.prefill for i in rows], slot),
+            "reading answers",
+        ):
+            logp[rows], nll[rows] = found
             bar.advance(len(rows))
     if not (np.isfinite(logp).all() and np.isfinite(nll).all()):
         raise ShlError(
