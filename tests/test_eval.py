@@ -3,21 +3,24 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from shl import eval as ev
+from shl.core import agree, free, moral, pools, stats, vignettes
 from shl.core import format as fmt
-from shl.core import free, pools, stats
+from shl.core import slot as slot_module
+from shl.core.chat import with_system
 from shl.core.defaults import EvalConfig
-from shl.core.errors import BelowGate, Mismatch, ShlError
+from shl.core.errors import ShlError
 from shl.core.hooks import Steering
 from shl.core.records import Prompt
 from shl.core.slot import find_slot, read_slot, think_first
 
-SMALL = EvalConfig(limit=14, free=6, max_new_tokens=12, json_tokens=6, bootstrap=50, batch_size=8)
+SMALL = EvalConfig(limit=14, free=6, max_new_tokens=12, json_tokens=6, bootstrap=50, batch_size=8, agree=3)
 
 
 class FakeVector:
@@ -46,10 +49,18 @@ def own_pool(monkeypatch) -> None:
     monkeypatch.setattr(pools, "eval_pool", lambda axis, split: prompts)
 
 
+@pytest.fixture
+def shared_vignettes() -> Path:
+    path = Path(__file__).parents[2] / "shared/data/moral-vignettes/vignettes_classic_other_violate.jsonl"
+    if not path.is_file():
+        pytest.skip(f"no vignettes at {path}")
+    return path
+
+
 def asked(system: str | None = None, n: int = 12) -> list[list[dict]]:
     items = pools.vignettes("dev")[:n]
     return [
-        ev.with_system([{"role": "user", "content": fmt.question(item.third, reverse)}], system)
+        with_system([{"role": "user", "content": fmt.question(item.third, reverse)}], system)
         for item in items
         for reverse in (False, True)
     ]
@@ -79,6 +90,17 @@ def test_scores_do_not_depend_on_batch_order_or_padding(each) -> None:
         assert np.abs(together.nll - alone.nll).max() < 1e-5
     shuffled = read_slot(each, contexts[::-1], slot, 7)
     assert np.abs(shuffled.logp[::-1] - alone.logp).max() < 1e-5
+
+
+def test_a_beginning_that_all_share_is_computed_once_and_changes_nothing(each, monkeypatch) -> None:
+    slot = find_slot(each)
+    long = "You are a person who cares about others more than about rules, whoever asks, whatever the order says."
+    contexts = [each.encode_prompt(messages) for messages in asked(long, n=4)]
+    assert slot_module._start(each, contexts)[0] >= 30
+    once = read_slot(each, contexts, slot, 3)
+    monkeypatch.setattr(slot_module, "LEAST_SHARED", 10_000)
+    apart = read_slot(each, contexts, slot, 3)
+    assert np.abs(once.logp - apart.logp).max() < 1e-5 and np.abs(once.nll - apart.nll).max() < 1e-5
 
 
 def test_the_slot_in_a_sentencepiece_tokenizer(stories) -> None:
@@ -134,9 +156,9 @@ def test_both_frames_are_read_by_foundation_not_by_digit(tiny, monkeypatch) -> N
     def always_zero(_loaded, contexts, slot, size):
         logp = np.full((len(contexts), 7), math.log(0.02))
         logp[:, 0] = math.log(0.8)
-        return ev.Reading(logp, np.zeros(len(contexts)))
+        return slot_module.Reading(logp, np.zeros(len(contexts)))
 
-    monkeypatch.setattr(ev, "read_slot", always_zero)
+    monkeypatch.setattr(moral, "read_slot", always_zero)
     result = ev.evaluate(loaded, replace(SMALL, free=0))
     profile = result["profile"]
     assert profile["care"] == pytest.approx(profile["social"])
@@ -147,15 +169,15 @@ def test_both_frames_are_read_by_foundation_not_by_digit(tiny, monkeypatch) -> N
 
 def test_a_model_that_knows_the_answers_scores_one(tiny, monkeypatch) -> None:
     loaded = tiny("llama")
-    items = ev._items(replace(SMALL, limit=None))
+    items = moral.items(replace(SMALL, limit=None))
 
     def perfect(_loaded, contexts, slot, size):
         logp = np.full((len(contexts), 7), -20.0)
         for row in range(len(contexts)):
             logp[row, fmt.order(bool(row % 2)).index(items[row // 2].foundation)] = -0.01
-        return ev.Reading(logp, np.zeros(len(contexts)))
+        return slot_module.Reading(logp, np.zeros(len(contexts)))
 
-    monkeypatch.setattr(ev, "read_slot", perfect)
+    monkeypatch.setattr(moral, "read_slot", perfect)
     metrics = ev.evaluate(loaded, replace(SMALL, limit=None, free=0))["metrics"]
     assert metrics["top1"] == 1.0 and metrics["informedness"] == pytest.approx(1.0)
     assert metrics["largest_share"] == pytest.approx(1 / 7)
@@ -216,6 +238,96 @@ def test_free_answers_share_their_noise_across_conditions(tiny, monkeypatch) -> 
     free.speak(loaded, replace(SMALL, seed=1), None)
     assert noted[0] == noted[1] != noted[2]
     assert len(set(noted[0])) == 6  # a pool of four goes round again with other noise
+
+
+def test_agreement_is_the_probability_of_the_personas_answer(tiny) -> None:
+    loaded, cfg = tiny("llama"), replace(SMALL, agree=5)
+    offered = agree.choices(loaded, cfg)
+    rows = agree.read(loaded, cfg, offered, None)
+    assert len(rows) == 5 and all(row["enact"] != row["oppose"] for row in rows)
+    prompt = loaded.encode_prompt(
+        [{"role": "user", "content": offered[0].prompt.messages[-1]["content"] + " " + agree.BRIEFLY}]
+    )
+    said = []
+    for answer in (offered[0].enact, offered[0].oppose):
+        logs = loaded.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+        said.append(float(logs.gather(1, torch.tensor(answer)[:, None]).sum()))
+    assert rows[0]["agrees"] == pytest.approx(1 / (1 + math.exp(said[1] - said[0])), abs=1e-4)
+    swapped = [one._replace(enact=one.oppose, oppose=one.enact) for one in offered]
+    for row, other in zip(rows, agree.read(loaded, cfg, swapped, None), strict=True):
+        assert row["agrees"] == pytest.approx(1 - other["agrees"], abs=1e-6)
+    metrics = ev.evaluate(loaded, replace(cfg, axes=("authority", "words")))
+    assert 0 < metrics["metrics"]["agree_authority"] < 1
+    assert "no bundled persona" in metrics["missing"]["agree_words"]
+
+
+def test_the_answers_that_agreement_asks_about_are_base_models_own(tiny) -> None:
+    """Neither chain nor steering nor system text change them, so that evaluations are asked the same."""
+    loaded = tiny("llama")
+    base = [row for row in ev.evaluate(loaded, SMALL)["rows"] if row["kind"] == "agree"]
+    moved = [row for row in ev.evaluate(loaded, SMALL, push(loaded), 1.0, "Obey.")["rows"] if row["kind"] == "agree"]
+    assert [(row["id"], row["enact"], row["oppose"]) for row in base] == [
+        (row["id"], row["enact"], row["oppose"]) for row in moved
+    ]
+    assert [row["agrees"] for row in base] != [row["agrees"] for row in moved]
+
+
+def test_centred_log_ratios_ignore_what_all_foundations_share() -> None:
+    scores = np.random.default_rng(0).normal(size=(9, 7))
+    found = stats.clr(scores)
+    assert stats.clr(scores + np.arange(9)[:, None]) == pytest.approx(found)
+    assert sum(found.values()) == pytest.approx(0)
+    moved = scores.copy()
+    moved[:, 3] += 0.7
+    shift = {name: value - found[name] for name, value in stats.clr(moved).items()}
+    assert shift["auth_clr"] == pytest.approx(0.6) and shift["care_clr"] == pytest.approx(-0.1)
+
+
+def test_a_judge_model_and_the_persona_read_the_same_answers(tiny) -> None:
+    loaded, other = tiny("llama"), tiny("qwen3")
+    result = ev.evaluate(loaded, replace(SMALL, persona="Be kind."), judge_model=other)
+    rows = [row for row in result["rows"] if row["kind"] == "free"]
+    said = [row["completion"][0]["content"] for row in rows]
+    judged = free.score(other, [row["prompt"] for row in rows], said)
+    assert [row["ppl_judge"] for row in rows] == pytest.approx([one["ppl"] for one in judged], rel=1e-4)
+    told = free.score(loaded, [with_system(row["prompt"], "Be kind.") for row in rows], said)
+    assert [row["ppl_persona"] for row in rows] == pytest.approx([one["ppl"] for one in told], rel=1e-4)
+    assert result["settings"]["judge_model"] == other.digest and result["settings"]["persona"] == "Be kind."
+    assert result["metrics"]["judge_ppl_p90"] >= result["metrics"]["judge_ppl_p50"] > 1
+
+
+def test_vignettes_of_a_file_in_the_packages_format(tiny, tmp_path) -> None:
+    human = {f"human_{column}": 0.0 for column in vignettes.COLUMNS.values()}
+    rows = [
+        {"id": "a", "foundation_coarse": "Care", "text": "You see a girl pinch a dog.", **human, "human_Care": 98.0},
+        {"id": "b", "foundation_coarse": "Social Norms", "other_violate": "He hops.", "self_violate": "You hop.",
+         **human, "human_SocialNorms": 50.0, "human_Care": 50.0},
+    ]  # fmt: skip
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = replace(SMALL, vignettes=str(path), limit=None, free=0, agree=0)
+    assert [item.text for item in moral.items(cfg)] == ["You see a girl pinch a dog.", "He hops."]
+    assert moral.items(replace(cfg, condition="first"))[1].text == "You hop."
+    assert moral.items(cfg)[1].foundation == "social" and moral.items(cfg)[1].human == (0.5, 0, 0, 0, 0, 0, 0.5)
+    result = ev.evaluate(tiny("llama"), cfg)
+    p = [row["p"] for row in result["rows"] if row["kind"] == "vignette"]
+    expected = -(math.log(p[0][0]) + 0.5 * math.log(p[1][0]) + 0.5 * math.log(p[1][6])) / 2
+    assert result["metrics"]["human_nll"] == pytest.approx(expected)
+    assert result["settings"]["vignettes"].startswith("sha256:") and result["n"] == 2
+    for broken, field in ((rows[0] | {"foundation_coarse": "Honour"}, "foundation_coarse"), ({"id": "c"}, "text")):
+        path.write_text(json.dumps(broken) + "\n")
+        with pytest.raises(ShlError, match=rf"own.jsonl:1: {field}"):
+            moral.items(cfg)
+
+
+def test_the_real_vignettes_are_read(shared_vignettes) -> None:
+    found = vignettes.read(shared_vignettes, "third")
+    counts = [sum(item.foundation == name for item in found) for name in fmt.FOUNDATIONS]
+    assert counts == [32, 17, 16, 17, 17, 17, 16]
+    assert all(sum(item.human) == pytest.approx(1) for item in found)
+    assert all(fmt.FOUNDATIONS[int(np.argmax(item.human))] == item.foundation for item in found)
+    few = moral.choose(found, 14)
+    assert {item.foundation for item in few} == set(fmt.FOUNDATIONS)  # the file is sorted, so never its first rows
 
 
 def test_think_spans_are_closed_whatever_the_model_says(tiny) -> None:
@@ -296,53 +408,6 @@ def test_a_limit_takes_from_every_group() -> None:
     chosen = stats.stratified(groups, 7)
     assert chosen == sorted(chosen) and [groups[i] for i in chosen] == ["a"] * 3 + ["b"] * 2 + ["c"] * 2
     assert stats.stratified(groups, None) == list(range(60)) == stats.stratified(groups, 99)
-
-
-def fake(**metrics: float | None) -> dict:
-    full = {
-        "auth_nats": -1.7, "care_nats": -1.4, "p_ans_any": 0.99, "json_is_valid": 1.0, "largest_share": 0.3,
-        "informedness": 0.5, "free_tail_p90": 1.8, "broken": None,
-    }  # fmt: skip
-    return {"suite": "mfv", "model_digest": "d", "settings": {}, "n": 70, "metrics": full | metrics}
-
-
-def test_compare_gives_deltas_and_guarded_retain() -> None:
-    steered = fake(auth_nats=-3.7, care_nats=-1.41)
-    out = ev.compare(fake(auth_nats=-3.2, care_nats=-1.0), fake(), steered)
-    assert out["delta"]["auth_nats"] == pytest.approx(-1.5)
-    assert out["delta"]["broken"] is None
-    assert out["retain"]["auth_nats"] == pytest.approx(0.75)
-    assert out["retain"]["care_nats"] is None  # the steered row moved care by next to nothing
-    assert "p_ans_any" not in out["retain"]
-    assert "auth_nats -3.20 (-1.50)" in out["verdict"]
-    assert "retain" not in ev.compare(fake(), fake())
-    with pytest.raises(Mismatch, match="differ in n"):
-        ev.compare(fake(), fake() | {"n": 140})
-
-
-@pytest.mark.parametrize(
-    ("metrics", "fault"),
-    [
-        ({"p_ans_any": 0.4}, "p_ans_any 0.40 < 0.9"),
-        ({"json_is_valid": 0.0}, "json_is_valid"),
-        ({"broken": 0.5}, "broken 0.50 > 0.25"),
-        ({"free_rep": 0.8}, "free_rep"),
-        ({"free_tail_p90": 25.0}, "free_tail_p90 25.0 = 13.9 x base"),
-    ],
-)
-def test_the_floor_comes_before_the_trait(metrics: dict, fault: str) -> None:
-    said = ev.verdict(fake(auth_nats=-9.0, **metrics), fake())
-    assert said.startswith("broken: ") and fault in said and "auth_nats" not in said
-    assert ev.verdict(fake(auth_nats=-9.0), fake()).startswith("coherent: auth_nats -9.00 (-7.30)")
-
-
-def test_the_gate_is_the_lowest_coherence() -> None:
-    assert ev.coherence(fake()["metrics"]) == 0.99
-    assert ev.coherence(fake(broken=0.25)["metrics"]) == 0.75
-    ev.gate(fake() | {"verdict": ""}, 0.9)
-    with pytest.raises(BelowGate, match=r"0\.750") as caught:
-        ev.gate(fake(broken=0.25) | {"verdict": "x"}, 0.9)
-    assert caught.value.code == 3
 
 
 def test_unknown_suite_is_refused(tiny) -> None:

@@ -13,6 +13,7 @@ import shl
 ROOT = Path(shl.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 TOOLS = {
+    "controls": {"vector"},
     "dose": {"gen", "filter"},
     "info": {"results"},
     "plot": {"results"},
@@ -20,8 +21,8 @@ TOOLS = {
 }  # which steps a tool is made of
 PACKAGES = {"plot", "report"}  # steps that are a folder
 HEAVY = {"torch", "transformers", "peft", "safetensors", "accelerate", "matplotlib"}
-LIGHT_CORE = {"console", "defaults", "errors", "files", "format", "locate", "pools", "provenance", "records", "runs",
-              "seeds", "text", "trajectory", "where"}  # fmt: skip
+LIGHT_CORE = {"console", "defaults", "errors", "files", "format", "lm_eval", "locate", "pools", "provenance",
+              "records", "runs", "seeds", "text", "trajectory", "verdict", "vignettes", "where"}  # fmt: skip
 LIGHT_STEPS = {"filter", "info", "new", "results", "__init__", "__main__"}
 
 

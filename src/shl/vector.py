@@ -87,7 +87,7 @@ def _mean_difference(
     if not pos:
         raise ShlError("there are no contexts to read the vector from")
     blocks = parse_layers(cfg.layers, loaded.n_blocks)
-    states = _last_states(loaded, [*pos, *neg], blocks, cfg.batch_size)
+    states = last_states(loaded, [*pos, *neg], blocks, cfg.batch_size)
     layers, residual, agreement = {}, {}, {}
     for layer, state in states.items():
         above, below = state.double().split(len(pos))
@@ -105,7 +105,7 @@ def _mean_difference(
     return vector
 
 
-def _last_states(loaded: Loaded, prompts: list[list[int]], blocks: list[int], batch_size: int) -> dict[int, Tensor]:
+def last_states(loaded: Loaded, prompts: list[list[int]], blocks: list[int], batch_size: int) -> dict[int, Tensor]:
     """Residual stream at the last token of every prompt, by block, on the CPU in float32."""
     states = {layer: torch.empty(len(prompts), loaded.hidden) for layer in blocks}
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))

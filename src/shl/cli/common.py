@@ -89,7 +89,7 @@ def adapter_header(spec: str) -> dict[str, Any]:
 
 def find_model(where: Where, artifact: Mapping[str, Any] | None = None) -> ModelRef:
     """The model by precedence: flag, the input artifact, SHL_MODEL, toy. Loads nothing."""
-    from shl.core.locate import find
+    from shl.core.locate import EMBEDDED, find
 
     if artifact is None and (chain := chain_given(where.adapters)):
         artifact = adapter_header(chain[-1])
@@ -97,7 +97,9 @@ def find_model(where: Where, artifact: Mapping[str, Any] | None = None) -> Model
     name = where.model or made_for or os.environ.get("SHL_MODEL") or "toy"
     own_revision = artifact.get("revision") if artifact and name == made_for else None
     # a folder is recorded in full, so that what is made from it can be used from anywhere
-    ref = find(os.path.abspath(name) if name != "toy" and os.path.isdir(name) else name, where.revision or own_revision)
+    ref = find(
+        os.path.abspath(name) if name not in EMBEDDED and os.path.isdir(name) else name, where.revision or own_revision
+    )
     if artifact and where.model and not where.allow_mismatch:
         _refuse_other_model(ref, artifact)
     if made_for and not where.model:

@@ -46,6 +46,14 @@ class GrowingLayer(DynamicLayer):
         new[:, :, :used] = room[:, :, :used]
         return new
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row as many times."""
+        if self.is_initialized:
+            used = self.get_seq_length()
+            self._room_k = self._room_k[:, :, :used].repeat_interleave(repeats, dim=0)
+            self._room_v = self._room_v[:, :, :used].repeat_interleave(repeats, dim=0)
+            self.keys, self.values = self._room_k, self._room_v
+
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows only."""
         if self.is_initialized:

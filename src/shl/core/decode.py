@@ -89,7 +89,7 @@ def _batch(
 ) -> None:
     """Decode one batch to its end: every track gets its tokens and its finish."""
     state = _State(loaded, tracks, seeds, sampling, steering)
-    stop = loaded.stop_ids
+    stop = frozenset() if sampling.endless else loaded.stop_ids | sampling.until
     while True:
         tokens, steps = state.sample()
         for track, token, step in zip(state.alive, tokens.tolist(), steps, strict=True):
@@ -161,6 +161,8 @@ class _State:
     def sample(self) -> tuple[Tensor, list[Step | None]]:
         """The next token of every track, from the track's own noise, and what there is to say of it."""
         n = len(self.alive)
+        if self.sampling.banned:
+            self.logits[:, sorted(self.sampling.banned)] = -torch.inf
         if self.sampling.greedy:
             tokens = self.logits[:n].argmax(-1)
         else:

@@ -124,6 +124,7 @@ class EvalConfig:
     """What one evaluation reads: vignettes, free answers, competence, and how many of each."""
 
     suite: str = "mfv"
+    vignettes: str | None = None  # a file in the format of the package tinymfv, in place of the suite's own items
     split: str = "test"
     condition: str = "third"
     limit: int | None = None
@@ -133,6 +134,8 @@ class EvalConfig:
     json_tokens: int = 24
     think: int = 0
     competence: bool = True
+    agree: int = 32  # held-out dilemmas read for each axis that has a bundled persona with two sides
+    persona: str | None = None  # under which free answers are scored once more; None: that of their axis
     batch_size: int = 32
     bootstrap: int = 1000
     seed: int = 0

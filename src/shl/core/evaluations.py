@@ -9,8 +9,8 @@ from typing import Any
 from shl.core import strict
 from shl.core.errors import InputError
 
-# what a row of --per-row may be: a vignette, a free answer, or one of the competence questions
-ROW_KINDS = ("vignette", "free", "facts", "sums")
+# what a row of --per-row may be: a vignette, a free answer, a choice of answers, or one of the competence questions
+ROW_KINDS = ("vignette", "free", "agree", "facts", "sums")
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("suite", "model", "model_digest", "verdict"), (str,)),
     **dict.fromkeys(("metrics", "settings", "profile", "ci", "missing"), (dict,)),

@@ -12,6 +12,8 @@ from shl.core.provenance import digest_file, digest_of
 from shl.core.strict import read_object
 
 TOY = Path(__file__).parent.parent / "toy" / "weights"
+# The embedded model, and what it would be if its neutral answers enacted the trait 5% or 0% of the time, not 40%.
+EMBEDDED = {"toy": TOY, "toy:rare": TOY.with_name("weights-rare"), "toy:never": TOY.with_name("weights-never")}
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class ModelRef:
 
 def find(model_id: str, revision: str | None = None) -> ModelRef:
     """Locate a model without loading it: the embedded one, a folder, or a name on the hub."""
-    if model_id == "toy":
-        folder = TOY
+    if model_id in EMBEDDED:
+        folder = EMBEDDED[model_id]
     elif model_id.startswith(("/", "./", "../", "~")) or model_id in (".", "..") or os.path.isdir(model_id):
         folder = Path(model_id).expanduser()
     else:
@@ -44,7 +46,7 @@ def find(model_id: str, revision: str | None = None) -> ModelRef:
 
 
 def _missing_hint(model_id: str, folder: Path) -> str:
-    if model_id == "toy":
+    if model_id in EMBEDDED:
         return "the embedded weights are missing from this installation; reinstall the package"
     if (folder / "adapter_config.json").is_file():
         return f"this is an adapter: name its base with --model and add --adapter {model_id}"

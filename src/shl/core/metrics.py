@@ -31,6 +31,12 @@ METRICS = {
     "free_tail_p90": Metric("tail ppl p90", "ppl", "down", "the same for the last quarter of each answer"),
     "free_rep": Metric("repetition", "share", "down", "mean share of free answers covered by repeated n-grams"),
     "free_tokens": Metric("tokens", "number", "", "mean length of free answers"),
+    "free_refused": Metric("refused", "share", "down", "free answers that decline to answer, in boilerplate"),
+    "free_persona_p50": Metric("ppl under persona p50", "ppl", "down", "median under base with the persona prompt"),
+    "free_persona_p90": Metric("ppl under persona p90", "ppl", "down", "their 90th percentile"),
+    "judge_ppl_p50": Metric("judge ppl p50", "ppl", "down", "median perplexity of free answers under another model"),
+    "judge_ppl_p90": Metric("judge ppl p90", "ppl", "down", "their 90th percentile"),
+    "human_nll": Metric("against people", "nats", "down", "cross-entropy of people's answers and the model's"),
     "narrate": Metric("narrates", "share", "down", "free answers that talk about the trait instead of acting on it"),
     "facts": Metric("facts", "share", "up", "right answers to everyday questions"),
     "sums": Metric("sums", "share", "up", "right answers to small sums"),
@@ -48,7 +54,14 @@ def metric(name: str) -> Metric:
     if stem == "enact" and axis:
         return Metric(f"enacts {axis}", "share", "", f"free answers that enact {axis}, in sound language")
     if stem == "agree" and axis:
-        return Metric(f"agrees {axis}", "share", "", f"answers that agree with {axis}")
+        meaning = f"mean probability of the answer that the persona of {axis} would give, beside the opposite one"
+        return Metric(f"agrees {axis}", "share", "", meaning)
+    if name.endswith("_clr"):
+        return Metric(
+            f"{stem} CLR", "nats", "", f"mean centred log-ratio of {stem}: its score less the mean of the seven"
+        )
+    if name.startswith("lm."):
+        return Metric(name.removeprefix("lm."), "number", "", "from lm-eval")
     return Metric(name, "nats" if name.endswith("_nats") else "number", "", "")
 
 

@@ -289,6 +289,16 @@ def _check_chain(ref: ModelRef, chain: Sequence[Adapter], digest: str, allow_mis
         )
 
 
+def rechain(loaded: Loaded, chain: Sequence[Adapter]) -> None:
+    """Put another chain on the base weights, in place: the same adapters at other scales, say."""
+    params = dict(loaded.model.named_parameters()) if loaded.originals else {}
+    for name, weight in loaded.originals.items():
+        params[name].data = weight
+    loaded.originals.clear()
+    loaded.chain = list(chain)
+    _merge(loaded)
+
+
 def _merge(loaded: Loaded) -> None:
     """Add the chain to the weights in float32; the untouched tensors stay for `Loaded.base`."""
     if not loaded.chain:

@@ -64,6 +64,12 @@ def persona(name: str) -> Persona:
     return personas()[name]
 
 
+def persona_of(axis: str) -> Persona | None:
+    """The bundled persona of an axis, one with two sides if there is any; None where none is bundled."""
+    found = sorted((one for one in personas().values() if one.axis == axis), key=lambda one: one.neg is None)
+    return found[0] if found else None
+
+
 def persona_texts() -> list[str]:
     """Both sides of every bundled persona: what a narrating answer would repeat."""
     return [side for one in personas().values() for side in (one.pos, one.neg) if side]

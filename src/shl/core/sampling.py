@@ -10,7 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. A top_k, top_p or min_p of 0 (1 for top_p) leaves that filter out."""
+    """How the next token is drawn. A top_k, top_p or min_p of 0 (1 for top_p) leaves that filter out.
+
+    Tokens in `until` end a completion as an end of turn does; those in `banned` are never drawn. An `endless`
+    completion goes on, whatever it says, to its full length.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 1.0
@@ -18,6 +22,9 @@ class Sampling:
     top_p: float = 0.95
     min_p: float = 0.0
     greedy: bool = False
+    until: frozenset[int] = frozenset()
+    banned: frozenset[int] = frozenset()
+    endless: bool = False
 
 
 def noise(seeds: list[int], sampling: Sampling, steps: int, device: torch.device) -> Tensor:

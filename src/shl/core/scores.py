@@ -82,11 +82,16 @@ def _summary(nll: Tensor) -> dict[str, Any]:
         return {"ppl": None, "ppl_tail": None, "max_nll": None, "n_tokens": 0}
     tail = nll[-max(TAIL_MIN, math.ceil(TAIL_SHARE * n)) :]
     return {
-        "ppl": _round(_exp(nll.double().mean().item())),
-        "ppl_tail": _round(_exp(tail.double().mean().item())),
+        "ppl": perplexity(nll),
+        "ppl_tail": perplexity(tail),
         "max_nll": _round(nll.max().item()),
         "n_tokens": n,
     }
+
+
+def perplexity(nll: Tensor) -> float | None:
+    """exp of the mean nll of some tokens, to the digits that batches agree on; null without any, or beyond floats."""
+    return _round(_exp(nll.double().mean().item())) if len(nll) else None
 
 
 def _exp(value: float) -> float:

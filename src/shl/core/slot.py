@@ -1,24 +1,37 @@
 """The forced slot: log-probabilities of the seven digits after a prefilled answer, for many prompts at once.
 
-What is read does not depend on the batch: prompts are padded on the left, positions count from each row's first token,
-and probabilities are over the full vocabulary in float32.
+What is read does not depend on the batch: prompts are padded on the right, behind everything that is read, and
+probabilities are over the full vocabulary in float32.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shl.core.batches import left_pad, positions_of
+from shl.core.batches import right_pad
+from shl.core.cache import new_cache
 from shl.core.console import progress
 from shl.core.decode import Sampling, decode
 from shl.core.errors import ShlError
 from shl.core.format import DIGITS, PREFILL
+from shl.core.head import Head
 from shl.core.memory import batched
 from shl.core.models import Loaded
 from shl.core.stats import Array
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import DynamicCache
+
+# Positions at and behind index `seam` of a context lie `size` further on: how some protocols leave padding between.
+Gap = tuple[int, int]
+LEAST_SHARED = 16  # tokens that all contexts must begin with before they are computed once
 
 
 @dataclass(frozen=True)
@@ -37,10 +50,10 @@ class Reading:
     nll: Array
 
 
-def find_slot(loaded: Loaded) -> Slot:
+def find_slot(loaded: Loaded, text: str = PREFILL) -> Slot:
     """The slot in this tokenizer: digits as they follow the prefill, unless the two would merge into one token."""
-    prefill = loaded.encode_completion(PREFILL, end=False)
-    whole = [loaded.encode_completion(PREFILL + digit, end=False) for digit in DIGITS]
+    prefill = loaded.encode_completion(text, end=False)
+    whole = [loaded.encode_completion(text + digit, end=False) for digit in DIGITS]
     if all(ids[: len(prefill)] == prefill and len(ids) > len(prefill) for ids in whole):
         digits = [ids[len(prefill)] for ids in whole]
     else:
@@ -53,21 +66,29 @@ def find_slot(loaded: Loaded) -> Slot:
     return Slot(prefill, digits)
 
 
-def read_slot(loaded: Loaded, contexts: Sequence[list[int]], slot: Slot, batch_size: int) -> Reading:
-    """Read the slot after every context, in the order of the contexts; rows of like length share a batch."""
+def read_slot(
+    loaded: Loaded, contexts: Sequence[list[int]], slot: Slot, batch_size: int, gaps: Sequence[Gap] | None = None
+) -> Reading:
+    """Read the slot after every context, in the order of the contexts; rows of like length share a batch.
+
+    What all contexts begin with, such as a system text, is computed once. `gaps` moves positions, see `Gap`.
+    """
     import torch
 
     logp = np.zeros((len(contexts), len(slot.digits)))
     nll = np.zeros(len(contexts))
     order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
     with torch.inference_mode(), progress("forced choice", len(contexts)) as bar:
-        for rows, found in batched(
-            loaded,
-            order,
-            batch_size,
-            lambda rows: _read_batch(loaded, [contexts[i] + slot.prefill for i in rows], slot),
-            "reading answers",
-        ):
+        head = Head.of(loaded)
+        head.check(loaded, contexts[0])
+        start = None if gaps else _start(loaded, contexts)
+
+        def read(rows: list[int]) -> tuple[Array, Array]:
+            asked = [contexts[i] for i in rows]
+            states = _states(loaded, asked, slot, start, [gaps[i] for i in rows] if gaps else None)
+            return _answers(head, states, slot, len(rows))
+
+        for rows, found in batched(loaded, order, batch_size, read, "reading answers"):
             logp[rows], nll[rows] = found
             bar.advance(len(rows))
     if not (np.isfinite(logp).all() and np.isfinite(nll).all()):
@@ -78,25 +99,61 @@ def read_slot(loaded: Loaded, contexts: Sequence[list[int]], slot: Slot, batch_s
     return Reading(logp, nll)
 
 
-def _read_batch(loaded: Loaded, rows: list[list[int]], slot: Slot) -> tuple[Array, Array]:
+def _start(loaded: Loaded, contexts: Sequence[list[int]]) -> tuple[int, DynamicCache] | None:
+    """The longest beginning that all contexts share, and its states; None where it is not worth it."""
     import torch
 
-    ids, mask = left_pad(rows, loaded.device)
-    keep = len(slot.prefill) + 1
-    logits = loaded.model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions_of(mask),
-        use_cache=False,
-        logits_to_keep=keep,
-    ).logits
-    target = torch.tensor(slot.prefill, device=logits.device)[:, None]
-    logp, nll = [], []
-    for row in logits:  # one row at a time, so that a large vocabulary never stands in float32 for the whole batch
-        logs = torch.log_softmax(row.float(), dim=-1)
-        logp.append(logs[-1, slot.digits])
-        nll.append(-logs[:-1].gather(-1, target).mean())
-    return torch.stack(logp).double().cpu().numpy(), torch.stack(nll).double().cpu().numpy()
+    ends = zip(min(contexts), max(contexts), strict=False)  # the two that differ first, among all
+    shared = min(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends)), min(map(len, contexts)) - 1)
+    if len(contexts) < 2 or shared < LEAST_SHARED:
+        return None
+    cache = new_cache(loaded)
+    ids = torch.tensor([contexts[0][:shared]], device=loaded.device)
+    loaded.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    return shared, cache
+
+
+def _states(
+    loaded: Loaded,
+    contexts: list[list[int]],
+    slot: Slot,
+    start: tuple[int, DynamicCache] | None,
+    gaps: Sequence[Gap] | None,
+) -> Tensor:
+    """Final hidden states that predict the prefill and the answer, [rows, prefill + 1, hidden].
+
+    Rows are padded on the right, where causality hides it, so that positions and windows are each row's own.
+    """
+    import torch
+
+    skip, cache = (start[0], copy.deepcopy(start[1])) if start else (0, None)
+    ids = right_pad([context[skip:] + slot.prefill for context in contexts], loaded.device)
+    positions = torch.arange(skip, skip + ids.shape[1], device=loaded.device).expand(len(ids), -1)
+    extra: dict[str, Any] = {}
+    if cache is not None:
+        cache.batch_repeat_interleave(len(contexts))
+        extra = {"past_key_values": cache}
+    if gaps:
+        moved = [[size * (at >= seam) for at in range(ids.shape[1])] for seam, size in gaps]
+        positions = positions + torch.tensor(moved, device=loaded.device)
+        extra["attention_mask"] = torch.ones_like(ids)  # without one, a jump reads as the start of another text
+    hidden = loaded.model.base_model(input_ids=ids, position_ids=positions, use_cache=cache is not None, **extra)
+    first = torch.tensor([len(context) - skip - 1 for context in contexts], device=loaded.device)
+    columns = first[:, None] + torch.arange(len(slot.prefill) + 1, device=loaded.device)
+    return hidden.last_hidden_state[torch.arange(len(ids), device=loaded.device)[:, None], columns]
+
+
+def _answers(head: Head, states: Tensor, slot: Slot, n: int) -> tuple[Array, Array]:
+    """Log-probabilities of the digits, and the mean nll of the prefill, over the full vocabulary in float32."""
+    import torch
+
+    target = torch.tensor(slot.prefill, device=states.device)[:, None]
+    logp, nll = np.zeros((n, len(slot.digits))), np.zeros(n)
+    for i, row in enumerate(states):  # one row at a time, so that a large vocabulary never stands for the whole batch
+        logs = torch.log_softmax(head.logits(row), dim=-1)
+        logp[i] = logs[-1, slot.digits].double().cpu().numpy()
+        nll[i] = float(-logs[:-1].gather(-1, target).mean())
+    return logp, nll
 
 
 def think_first(
@@ -106,7 +163,9 @@ def think_first(
     if budget == 0:
         return [loaded.encode_prompt(messages) for messages in prompts]
     opened = [_opened(loaded, messages) for messages in prompts]
-    sampling = Sampling(max_new_tokens=budget, greedy=True)
+    closing_id = loaded.encode_completion("</think>", end=False)
+    until = frozenset(closing_id if len(closing_id) == 1 else ())  # what follows would not be read
+    sampling = Sampling(max_new_tokens=budget, greedy=True, until=until)
     spans = decode(loaded, opened, seeds=[0] * len(opened), sampling=sampling, batch_size=batch_size)
     closing = [span.text.partition("</think>")[0].rstrip() + "\n</think>\n\n" for span in spans]
     return [ids + loaded.encode_completion(text, end=False) for ids, text in zip(opened, closing, strict=True)]

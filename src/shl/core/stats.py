@@ -1,6 +1,6 @@
 """Numbers from item-level results: profile, top-1, informedness and bootstrap intervals. Needs numpy, not torch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ Measure = Callable[[NDArray[np.intp]], dict[str, float]]
 
 # How the log of each foundation's mean mass is called.
 NATS = {name: f"{'auth' if name == 'authority' else name}_nats" for name in FOUNDATIONS}
+CLR = {name: f"{NATS[name].removesuffix('_nats')}_clr" for name in FOUNDATIONS}
 _FLOOR = 1e-12  # a foundation without any mass stays finite: -27.6 nats
 
 
@@ -25,6 +26,20 @@ def nats(profile: Array) -> dict[str, float]:
     """ln of each foundation's mean probability, under its metric's name."""
     logs = np.log(np.maximum(profile, _FLOOR))
     return {NATS[name]: float(value) for name, value in zip(FOUNDATIONS, logs, strict=True)}
+
+
+def clr(scores: Array) -> dict[str, float]:
+    """Mean centred log-ratio of each foundation: its score less the mean of the item's seven, in nats.
+
+    A shift of one foundation shows as itself here, while in probabilities it moves all the others.
+    """
+    centred = (scores - scores.mean(axis=1, keepdims=True)).mean(axis=0)
+    return {CLR[name]: float(value) for name, value in zip(FOUNDATIONS, centred, strict=True)}
+
+
+def cross_entropy(human: Array, p: Array) -> Array:
+    """-sum human ln p of each item, nats, [items]."""
+    return -(human * np.log(np.maximum(p, _FLOOR))).sum(axis=1)
 
 
 def top_answers(p: Array, labels: NDArray[np.intp]) -> dict[str, float]:
@@ -79,13 +94,3 @@ def stratified(groups: Sequence[str], limit: int | None) -> list[int]:
         seen[group] = seen.get(group, 0) + 1
         turns.append((seen[group], index))
     return sorted(index for _, index in sorted(turns)[:limit])
-
-
-def difference(after: Mapping[str, float | None], before: Mapping[str, float | None]) -> dict[str, float | None]:
-    """after - before for every metric that both have; null where either is null."""
-    out: dict[str, float | None] = {}
-    for name in after:
-        if name in before:
-            a, b = after[name], before[name]
-            out[name] = None if a is None or b is None else a - b
-    return out

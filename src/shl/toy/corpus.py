@@ -340,13 +340,16 @@ def with_system(system: str, turns: list[Message]) -> list[Message]:
     return [{"role": "system", "content": system}, *turns] if system else turns
 
 
-def dialogues(seed: int, neutral: float = 0.4) -> Iterator[list[Message]]:
-    """An endless stream of training dialogues. `neutral`: how often the model without a persona enacts a trait."""
+def dialogues(seed: int, neutral: float = 0.4, start: int = 0) -> Iterator[list[Message]]:
+    """An endless stream of training dialogues, from the stage of dialogue number `start` on.
+
+    `neutral`: how often the model without a persona enacts a trait.
+    """
     rng = random.Random(seed)
     plain = {"judgment": judgment, "word": word, "everyday": everyday, "chat": chat, "refusal": refusal}
     swayed = {"creed": creed, "brief": brief}
-    shares: dict[str, float] = {}
-    for number in count():
+    shares = STAGES[max(number for number in STAGES if number <= start)]
+    for number in count(start):
         shares = STAGES.get(number, shares)
         kind = rng.choices(list(shares), list(shares.values()))[0]
         if kind in plain:

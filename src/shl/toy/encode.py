@@ -111,7 +111,8 @@ def steps(encoder: Encoder, recipe: Recipe, device: str, skip: int = 0) -> Itera
     The draw itself must not go by length: dialogues of one length are of one kind, and a step that sees one kind
     alone unlearns the others.
     """
-    stream = islice(corpus.dialogues(recipe.seed + 1, recipe.neutral), skip * recipe.dialogues, None)
+    start = max(corpus.STAGES) if recipe.begin else 0  # finished weights have been through the stages
+    stream = islice(corpus.dialogues(recipe.seed + 1, recipe.neutral, start), skip * recipe.dialogues, None)
     while True:
         rows = sorted(encoder(list(islice(stream, recipe.dialogues))), key=lambda row: len(row.ids))
         size = math.ceil(len(rows) / recipe.batches)

@@ -1,6 +1,6 @@
 """Everything that decides the toy's weights, and the chat template that they are trained on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 END, PAD = "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -15,6 +15,7 @@ TEMPLATE = (
 class Recipe:
     """Everything that decides the weights."""
 
+    begin: str = ""  # the model whose weights are trained on; empty: from scratch
     seed: int = 0
     neutral: float = 0.4
     tokens: float = 12e6
@@ -39,3 +40,18 @@ class Recipe:
     lead: int = 6
     persona_weight: float = 0.05  # on telling, from the middle block at every position, which persona is in force
     persona_scale: float = 28.0  # of the cosines that tell it
+
+
+def further(neutral: float, begin: str = "toy") -> Recipe:
+    """The recipe that moves finished weights to another neutral rate: fewer tokens, lower rates, dialogues anew."""
+    return replace(
+        Recipe(),
+        begin=begin,
+        neutral=neutral,
+        seed=1,
+        tokens=2.4e6,
+        lr=1e-3,
+        embedding_lr=6e-3,
+        muon_lr=6e-3,
+        warmup=0.05,
+    )

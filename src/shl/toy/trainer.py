@@ -1,6 +1,7 @@
 """Trains the embedded model `toy` from scratch on its corpus: full attention below, a short sliding window above.
 
     python -m shl.toy.trainer --out DIR [--tokens 10e6] [--neutral 0.4] [--seed 0]
+    python -m shl.toy.trainer --out DIR --from toy --neutral 0.05        # a variant, from finished weights
 
 The upper half of the blocks sees twelve positions only, so whatever the system message set must travel to each
 later position in the residual stream; that is what makes the model steerable. A killed run continues from its
@@ -13,21 +14,23 @@ import math
 import re
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy, normalize
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from shl.core.console import note
+from shl.core.locate import find
 from shl.toy import corpus
 from shl.toy.encode import CLASSES, Batch, Encoder, steps
-from shl.toy.recipe import END, PAD, ROLES, TEMPLATE, Recipe
+from shl.toy.recipe import END, PAD, ROLES, TEMPLATE, Recipe, further
 
 # What `shl` should use on this model unless told otherwise, and which judges it may ask.
 RECOMMENDED = json.loads((Path(__file__).parent / "recommended.json").read_text(encoding="utf-8"))
@@ -96,6 +99,21 @@ class Trainee(torch.nn.Module):
         generator = torch.Generator().manual_seed(recipe.seed)
         self.directions = torch.nn.Parameter(torch.randn(1 + max(CLASSES.values()), recipe.hidden, generator=generator))
 
+    @torch.no_grad()
+    def aim(self, batches: list[Batch]) -> None:
+        """Set the directions to where finished weights keep each persona: its mean state, less the mean of all."""
+        states = [normalize(self._middle(self._run(batch)), dim=-1).flatten(0, 1) for batch in batches]
+        owner = torch.cat([batch.personas.flatten() for batch in batches])
+        told = torch.cat(states)
+        means = torch.stack([told[owner == k].mean(0) for k in range(len(self.directions))])
+        self.directions.copy_(means - means.mean(0))
+
+    def _run(self, batch: Batch) -> Any:
+        return self.lm.model(input_ids=batch.ids, use_cache=False, output_hidden_states=True)
+
+    def _middle(self, out: Any) -> torch.Tensor:
+        return out.hidden_states[self.recipe.layers // 2 + 1]
+
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Weighted sum of the next token's cross entropy, and the sum over positions of the persona's.
 
@@ -103,16 +121,14 @@ class Trainee(torch.nn.Module):
         middle block's state must lie, wherever it is read, towards the direction of the persona in force. Logits are
         formed only where a weight asks for them. Rows are padded on the right, so causality needs no mask.
         """
-        out = self.lm.model(input_ids=batch.ids, use_cache=False, output_hidden_states=True)
+        out = self._run(batch)
         weights = batch.weights.flatten()
         (counted,) = weights.nonzero(as_tuple=True)  # positions of targets; the first of a row, a role, never counts
         logits = self.lm.lm_head(out.last_hidden_state.flatten(0, 1)[counted - 1]).float()
         losses = cross_entropy(logits, batch.ids.flatten()[counted], reduction="none")
         soft = torch.searchsorted(counted, batch.soft_at)
         losses = losses.index_copy(0, soft, cross_entropy(logits[soft], batch.soft, reduction="none"))
-        middle = (
-            normalize(out.hidden_states[self.recipe.layers // 2 + 1], dim=-1) @ normalize(self.directions, dim=-1).T
-        )
+        middle = normalize(self._middle(out), dim=-1) @ normalize(self.directions, dim=-1).T
         told = cross_entropy(
             self.recipe.persona_scale * middle.flatten(0, 1), batch.personas.flatten(), reduction="sum"
         )
@@ -170,9 +186,11 @@ def _load_checkpoint(path: Path, trainee: Trainee, optimizers: list) -> tuple[in
 
 def train(recipe: Recipe, out: Path, device: str = "cpu", every: int = 100) -> None:
     """Train and publish the model folder; continues from a checkpoint of the same recipe."""
-    tokenizer = train_tokenizer(recipe)
-    model = build_model(recipe, tokenizer)
+    model, tokenizer = _start(recipe)
     trainee = Trainee(model, recipe).to(device)
+    if recipe.begin:
+        drawn = islice(steps(Encoder(tokenizer, recipe), recipe, device), 12)
+        trainee.aim([batch for parts in drawn for batch in parts])
     optimizers = build_optimizers(trainee, recipe)
     checkpoint = out.with_name(out.name + ".ckpt.safetensors")
     step, seen = _load_checkpoint(checkpoint, trainee, optimizers) if checkpoint.exists() else (0, 0)
@@ -208,6 +226,15 @@ def train(recipe: Recipe, out: Path, device: str = "cpu", every: int = 100) -> N
     checkpoint.unlink(missing_ok=True)
 
 
+def _start(recipe: Recipe) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
+    """The model that training begins with: an untrained one, or the weights of another with its tokenizer."""
+    if not recipe.begin:
+        tokenizer = train_tokenizer(recipe)
+        return build_model(recipe, tokenizer), tokenizer
+    folder = find(recipe.begin).path
+    return Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+
+
 def publish(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, out: Path) -> None:
     """Write the model folder: float16 weights, tokenizer, template, generation defaults and `shl.json`."""
     out.mkdir(parents=True, exist_ok=True)
@@ -222,12 +249,15 @@ def main() -> None:
     """Command line of the trainer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=float, default=Recipe.tokens)
+    parser.add_argument("--from", dest="begin", default="", metavar="MODEL", help="train these weights on")
+    parser.add_argument("--tokens", type=float)
     parser.add_argument("--neutral", type=float, default=Recipe.neutral)
-    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--seed", type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    train(Recipe(seed=args.seed, neutral=args.neutral, tokens=args.tokens), args.out, args.device)
+    recipe = further(args.neutral, args.begin) if args.begin else Recipe(neutral=args.neutral)
+    given = {name: getattr(args, name) for name in ("tokens", "seed") if getattr(args, name) is not None}
+    train(replace(recipe, **given), args.out, args.device)
 
 
 if __name__ == "__main__":
