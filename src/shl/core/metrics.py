@@ -67,4 +67,4 @@ def metric(name: str) -> Metric:
 
 def is_trait(name: str) -> bool:
     """Whether a metric is moved by a persona; which way is better is then the persona's own choice."""
-    return name.endswith("_nats") or name.startswith(("enact_", "agree_"))
+    return name.endswith(("_nats", "_clr")) or name.startswith(("enact_", "agree_"))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shl.core.errors import BelowGate, Mismatch
+from shl.core.metrics import is_trait
 
 # An evaluation below a floor, above a ceiling or this many times above its base is called broken, whatever its trait.
 FLOORS = {"p_ans_any": 0.9, "json_is_valid": 0.9}
@@ -19,8 +20,6 @@ TIMES_BASE = {"ppx_json": 3.0, "free_ppl_p90": 3.0, "free_tail_p90": 4.0, "judge
 LEAST_SHIFT = 0.05  # a smaller shift is no denominator
 COLLAPSE = 1.25  # times the prompted shift: what lies beyond it, at falling informedness, is an answer that stuck
 LEAST_FALL = 0.02  # of informedness
-# Traits that `retain` compares; coherence metrics have no share that could be retained.
-TRAITS = ("_nats", "enact_", "agree_")
 COMPETENCE = ("facts", "sums", "lm.")
 Numbers = Mapping[str, Any]
 
@@ -54,9 +53,7 @@ def compare(
     out = {**result, "delta": delta, "ratios": ratios(result, baseline, target, said), "verdict": said}
     if steered is not None:
         shifts = difference(steered["metrics"], baseline["metrics"])
-        out["retain"] = {
-            name: _share(delta[name], shifts.get(name)) for name in delta if any(part in name for part in TRAITS)
-        }
+        out["retain"] = {name: _share(delta[name], shifts.get(name)) for name in delta if is_trait(name)}
     return out
 
 
