@@ -30,10 +30,6 @@ EXAMPLES = """\b
 Examples:
   shl eval -o base.json --append results.tsv
   shl eval --adapter out/r1/adapter --baseline base.json --append results.tsv --label arm=nll -o eval.json
-  shl eval --vec v.safetensors --coeff 0.5 --random 20 --append results.tsv -o steered.json
-  shl eval --adapter out/r1/adapter --scale 0.25,0.5,1,1.5 --append results.tsv -o frontier.json
-  shl eval --vignettes mine.jsonl -o mine.json
-  shl eval --suite tinymfv:classic --think 64 -o classic.json
 """
 
 
