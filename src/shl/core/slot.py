@@ -83,7 +83,7 @@ def read_slot(
         head.check(loaded, contexts[0])
         start = None if gaps else _start(loaded, contexts)
 
-        def read(rows: list[int]) -> tuple[Array, Array]:
+        def read(rows: Sequence[int]) -> tuple[Array, Array]:
             asked = [contexts[i] for i in rows]
             states = _states(loaded, asked, slot, start, [gaps[i] for i in rows] if gaps else None)
             return _answers(head, states, slot, len(rows))
