@@ -9,20 +9,22 @@ import pytest
 import torch
 from torch.nn import functional
 
-from shl import train
-from shl.core import heal_loss
+from shl.core import heal_loss, heal_run, vocabulary
 from shl.core.adapters import read_adapter, resolve_chain
+from shl.core.below import Below
 from shl.core.defaults import TrainConfig
 from shl.core.errors import ShlError
-from shl.core.head import Head, final_states
-from shl.core.heal_data import batches, encode, select, split
+from shl.core.head import Head, completion_states, final_states
+from shl.core.heal_data import Example, alike, batches, encode, select, split
 from shl.core.heal_loss import AGGS, aggregate, combine, token_losses
-from shl.core.lora import injected, target_modules
+from shl.core.heal_run import Run, schedule
+from shl.core.lora import first_block, injected, target_modules
 from shl.core.models import load
 from shl.core.peft_dir import WEIGHTS, peft_config
-from shl.train import heal, schedule
+from shl.core.vocabulary import Reference
+from shl.train import heal
 
-FAST = TrainConfig(rank=4, lr=2e-2, epochs=2, batch_size=4, layers="0:1", holdout=0.25, tau=0.01)
+FAST = TrainConfig(rank=4, lr=2e-2, epochs=2, batch_size=4, layers="0:1", holdout=0.25, tau=0.01, on_policy=0)
 TEXTS = ("Nobody asked why.", "She helped the old man, and he thanked her.", "The order came from above.", "I won't.")
 
 
@@ -52,14 +54,15 @@ def rows_of(out):
 # --- the loss ---
 
 
-def plain_loss(hidden, targets, lengths, weight, ref, reg, agg, lam, tau, cap=None):
+def plain_loss(hidden, targets, lengths, head, ref_head, ref, reg, agg, lam, tau):
     """The same loss on full tensors, as anybody would write it."""
 
-    def log_probs(states):
-        logits = states @ weight.T
-        return (logits if cap is None else cap * torch.tanh(logits / cap)).log_softmax(-1)
+    def log_probs(states, head):
+        logits = states @ head.weight.T
+        logits = head.factor * (logits if head.bias is None else logits + head.bias)
+        return (logits if head.cap is None else head.cap * torch.tanh(logits / head.cap)).log_softmax(-1)
 
-    log_p, log_q = log_probs(hidden), log_probs(ref)
+    log_p, log_q = log_probs(hidden, head), log_probs(ref, ref_head)
     nll = functional.nll_loss(log_p, targets, reduction="none")
     kl = {
         "kl_rev": (log_p.exp() * (log_p - log_q)).sum(-1),
@@ -74,41 +77,85 @@ def plain_loss(hidden, targets, lengths, weight, ref, reg, agg, lam, tau, cap=No
     return total / len(lengths)
 
 
-@pytest.mark.parametrize("chunk", [1, 7 * 50, 1 << 20])
-@pytest.mark.parametrize("cap", [None, 3.0])
-@pytest.mark.parametrize("reg", ["nll", "kl_fwd", "kl_rev"])
-def test_the_chunked_loss_is_the_plain_one(monkeypatch, reg, cap, chunk):
-    monkeypatch.setattr(heal_loss, "CHUNK", chunk)
+REGS = ("nll", "kl_fwd", "kl_rev")
+
+
+def random_case(cap=None, factor=1.0, bias=False, same=True):
+    """Heads and states in float64, in which two ways of counting must agree to many digits."""
     torch.manual_seed(0)
-    weight, hidden, ref = torch.randn(50, 8), torch.randn(20, 8), torch.randn(20, 8)
-    targets, lengths = torch.randint(50, (20,)), [3, 10, 7]
-    head = Head(weight, None, 1.0, cap)
+    weight, other = torch.randn(50, 8).double(), torch.randn(50, 8).double()
+    shift = torch.randn(50).double() if bias else None
+    head = Head(weight, shift, factor, cap)
+    ref_head = head if same else Head(other, shift, factor, cap)
+    return head, ref_head, torch.randn(20, 8).double(), torch.randn(20, 8).double(), torch.randint(50, (20,))
+
+
+@pytest.mark.parametrize("chunk", [1, 7 * 20, 1 << 20])
+@pytest.mark.parametrize("kind", [{}, {"cap": 3.0}, {"same": False}, {"factor": 0.5, "bias": True}], ids=str)
+@pytest.mark.parametrize("reg", REGS)
+def test_the_chunked_loss_is_the_plain_one(monkeypatch, reg, kind, chunk):
+    """Values and gradients, whichever rows' gradients were expected to be needed."""
+    monkeypatch.setattr(vocabulary, "CHUNK", {"cpu": chunk})
+    head, ref_head, hidden, ref, targets = random_case(**kind)
+    lengths = [3, 10, 7]
+    known = Reference.of(ref_head, ref, reg)
+    expected = torch.arange(20) < 9
     for agg in AGGS:
-        mine, plain = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-        nll, kl = token_losses(mine, targets, head, None if reg == "nll" else ref, head, reg)
-        parts = combine(nll, kl, lengths, reg, agg, 0.7, 0.5)
-        wanted = plain_loss(plain, targets, lengths, weight, ref, reg, agg, 0.7, 0.5, cap)
-        assert torch.allclose(parts.nll + parts.barrier, wanted, atol=1e-5)
-        (parts.nll + parts.barrier).backward()
-        wanted.backward()
-        assert torch.allclose(mine.grad, plain.grad, atol=1e-6)
+        for tau, eager in ((0.5, None), (0.5, expected), (1e3, expected), (2.0, ~expected)):
+            mine, plain = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+            nll, kl = token_losses(mine, targets, head, None if reg == "nll" else known, reg, eager)
+            parts = combine(nll, kl, lengths, reg, agg, 0.7, tau)
+            wanted = plain_loss(plain, targets, lengths, head, ref_head, ref, reg, agg, 0.7, tau)
+            assert torch.allclose(parts.nll + parts.barrier, wanted, rtol=1e-9)
+            (parts.nll + parts.barrier).backward()
+            wanted.backward()
+            assert torch.allclose(mine.grad, plain.grad, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("reg", ["kl_fwd", "kl_rev"])
+def test_the_loss_in_short_floats_is_the_plain_one_of_the_same_states(reg):
+    head, _, hidden, ref, targets = random_case()
+    short = Head(head.weight.bfloat16(), None, 1.0, None)
+    rows = hidden.bfloat16().requires_grad_()
+    nll, kl = token_losses(rows, targets, short, Reference.of(short, ref.bfloat16(), reg), reg)
+    parts = combine(nll, kl, [20], reg, "rmse", 1.0, 0.0)
+    exact = Head(short.weight.double(), None, 1.0, None)
+    plain = rows.detach().double().requires_grad_()
+    wanted = plain_loss(plain, targets, [20], exact, exact, ref.bfloat16().double(), reg, "rmse", 1.0, 0.0)
+    assert torch.allclose((parts.nll + parts.barrier).double(), wanted, rtol=1e-5)
+    (parts.nll + parts.barrier).backward()
+    wanted.backward()
+    assert torch.allclose(rows.grad.double(), plain.grad, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("reg", ["kl_fwd", "kl_rev"])
+def test_the_likeliest_tokens_alone_give_a_lower_bound_that_all_of_them_reach(monkeypatch, reg):
+    monkeypatch.setattr(vocabulary, "CHUNK", {"cpu": 7 * 20})
+    monkeypatch.setattr(heal_loss, "GATHERED", 5 * 8 * 3)
+    head, _, hidden, ref, targets = random_case(factor=0.3)  # flat enough that no share is beyond float32
+
+    def kl_of(top):
+        rows = hidden.clone().requires_grad_()
+        kl = token_losses(rows, targets, head, Reference.of(head, ref, reg, top), reg)[1]
+        kl.sum().backward()
+        return kl.detach(), rows.grad
+
+    (few, _), (many, _), (most, slope), (whole, wanted) = kl_of(3), kl_of(12), kl_of(49), kl_of(0)
+    assert (few < many + 1e-9).all() and (many < most + 1e-9).all() and few.sum() < 0.9 * whole.sum()
+    assert torch.allclose(most, whole) and torch.allclose(slope, wanted, atol=1e-6)
+    by_hand = (ref @ head.weight.T).topk(3).indices.sort().values
+    assert torch.equal(Reference.of(head, ref, reg, 3).top.sort().values, by_hand)
 
 
 def test_the_gradient_is_the_slope():
-    torch.manual_seed(0)
-    head = Head(torch.randn(11, 5).double(), torch.randn(11).double(), 0.5, 4.0)
-    hidden, ref, targets = torch.randn(4, 5).double(), torch.randn(4, 5).double(), torch.tensor([0, 3, 10, 2])
+    head, _, hidden, ref, targets = random_case(cap=4.0, factor=0.5, bias=True)
     for reg in ("kl_fwd", "kl_rev"):
-        mine = hidden.clone().requires_grad_()
-        total = sum(one.sum() for one in token_losses(mine, targets, head, ref, head, reg))
-        total.backward()
-        step = torch.zeros_like(hidden)
-        step[1, 2] = 1e-2
-        up, down = (
-            sum(one.sum() for one in token_losses(hidden + moved, targets, head, ref, head, reg))
-            for moved in (step, -step)
-        )
-        assert float(up - down) / 2e-2 == pytest.approx(float(mine.grad[1, 2]), rel=1e-2, abs=1e-3)
+        known = Reference.of(head, ref, reg)
+
+        def summed(rows, reg=reg, known=known):
+            return sum(one.sum() for one in token_losses(rows, targets, head, known, reg))
+
+        assert torch.autograd.gradcheck(summed, (hidden.clone().requires_grad_(),))
 
 
 def test_a_loop_is_seen_in_order():
@@ -131,10 +178,10 @@ def test_divergence_is_zero_and_its_gradient_finite_at_step_zero(tiny, agg):
         ref = final_states(loaded, ids)[0, :-1]
     with injected(loaded, peft_config("m", modules, 4, 8), generator) as lora:
         hidden = final_states(loaded, ids)[0, :-1]
-        nll, kl = token_losses(hidden, ids[0, 1:], head, ref, head, "kl_rev")
+        nll, kl = token_losses(hidden, ids[0, 1:], head, Reference.of(head, ref), "kl_rev")
         assert float(kl.detach().abs().max()) < 1e-6
         parts = combine(nll, kl, [len(nll)], "kl_rev", agg, 1.0, -1.0)  # a negative tau keeps the hinge open
-        assert parts.fired == 1
+        assert parts.fired == [True]
         parts.barrier.backward()
         assert all(torch.isfinite(p.grad).all() for p in lora.parameters)
         assert float(lora.operator_norm()) == 0
@@ -211,6 +258,13 @@ def test_batches_hold_every_row_once_and_similar_lengths():
     assert made == batches(lengths, 4, torch.Generator().manual_seed(0))
     waste = sum(max(lengths[i] for i in batch) - lengths[i] for batch in made for i in batch)
     assert waste < 0.2 * sum(lengths)
+
+
+def test_parts_of_a_batch_hold_all_of_it_and_little_padding():
+    rows = [Example([0] * n, [1]) for n in (3, 100, 90, 5, 4, 30)]
+    parts = alike(rows)
+    assert sorted(map(len, (one for part in parts for one in part))) == sorted(map(len, rows))
+    assert [[len(one) - 1 for one in part] for part in parts] == [[100, 90], [30], [5, 4, 3]]
 
 
 # --- training ---
@@ -317,6 +371,144 @@ def test_every_variant_trains(tiny, tmp_path, change, capsys):
     assert {name.rpartition(".")[2] for name in read_adapter(result.path).modules} >= set(cfg.targets)
 
 
+EVERYTHING = replace(
+    FAST, reg="kl_rev", agg="p95", weight_decay=0.1, spectral=0.01, ref_top_k=8, lam_decay=0.5, checkpointing=True,
+    grad_accum=2, patience=3, on_policy=2, layers="1,2", epochs=3, batch_size=2,
+)  # fmt: skip
+
+
+def test_all_options_combine(tiny, tmp_path):
+    result = heal(tiny(), make_records(), EVERYTHING, tmp_path / "a")
+    last, meta = result.rows[-1], read_adapter(result.path).meta
+    assert last["own_kl_mean"] > 0 and last["operator_norm"] > 0 and last["holdout_kl_max"] > 0
+    assert [row["own_kl_mean"] for row in result.rows[:-1]] == [None] * (len(result.rows) - 1)
+    assert meta["operator_norms"].keys() == meta["update_norms"].keys() and meta["lam"] == 1.0
+    assert {name.split("layers.")[1][0] for name in meta["update_norms"]} == {"1", "2"}
+    assert all(0 < meta["operator_norms"][name] <= norm * (1 + 1e-5) for name, norm in meta["update_norms"].items())
+
+
+def test_checkpointing_saves_memory_and_changes_nothing(tiny, tmp_path):
+    plain, twice = (
+        heal(tiny(), make_records(), replace(FAST, layers="2,3", epochs=1, checkpointing=on), tmp_path / f"{on}")
+        for on in (False, True)
+    )
+    assert twice.digest == plain.digest
+
+
+def test_states_from_below_are_those_of_a_whole_pass(each):
+    """Every architecture: a pass that begins at a later block ends in the same states and gradients."""
+    examples = [Example([1, 20, 33], [47, 90]), Example([1, 20], [33, 47, 90, 120, 7])]
+    modules = target_modules(each, "0.5:1")
+    with injected(each, peft_config("m", modules, 2, 4), torch.Generator().manual_seed(0)) as lora:
+        for factor in lora.b.values():
+            torch.nn.init.normal_(factor, std=0.1)
+
+        def states():
+            lora.b[modules[0]].grad = None
+            found = completion_states(each, [(one.prompt, one.completion) for one in examples])[0]
+            found.square().sum().backward()
+            return found.detach(), lora.b[lora.modules[0]].grad.clone()
+
+        wanted = states()
+        for p in lora.parameters:
+            p.grad = None
+        below = Below(each, first_block(each, modules))
+        assert below.first > 0
+        below.remember(examples, 1)
+        with below.standing_in():
+            below.use(examples)
+            found = states()
+        for p in lora.parameters:
+            p.grad = None
+    assert not any("forward" in vars(block) for block in each.blocks)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+def test_a_lora_layer_computes_what_peft_computes(tiny):
+    loaded = tiny()
+    ids = torch.tensor([[1, 20, 33, 47, 90, 120]])
+    modules = target_modules(loaded, "0:1")
+    with injected(loaded, peft_config("m", modules, 4, 8), torch.Generator().manual_seed(0)) as lora:
+        for factor in lora.b.values():
+            torch.nn.init.normal_(factor, std=0.1)
+        found = []
+        for _ in range(2):
+            final_states(loaded, ids).square().sum().backward()
+            found.append([p.grad.clone() for p in lora.parameters])
+            for p in lora.parameters:
+                p.grad = None
+            for path in modules:
+                vars(loaded.model.get_submodule(path)).pop("forward", None)  # from now on PEFT's own
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())) for a, b in zip(*found, strict=True))
+
+
+def test_the_weight_of_the_barrier_falls_over_rounds(healed, tiny_model, tmp_path):
+    chain = load(str(tiny_model()), [str(healed[3].path)], device="cpu")
+    half = heal(chain, make_records(), replace(FAST, lam_decay=0.5), tmp_path / "a")
+    plain = heal(chain, make_records(), replace(FAST, lam=0.5), tmp_path / "b")
+    assert half.digest == plain.digest and read_adapter(half.path).meta["lam"] == 0.5
+
+
+def test_training_stops_when_the_held_out_nll_rises_and_keeps_the_best(tiny, tmp_path):
+    cfg = replace(FAST, reg="nll", lr=0.3, epochs=8, patience=2)
+    result = heal(tiny(), make_records(), cfg, tmp_path / "a")
+    meta, held = read_adapter(result.path).meta, [row["holdout_nll"] for row in result.rows]
+    assert meta["epochs_run"] < 8 and meta["epoch_kept"] == held.index(min(held)) == meta["epochs_run"] - 2
+    with pytest.raises(ShlError, match="held out"):
+        heal(tiny(), make_records(), replace(cfg, holdout=0.0), tmp_path / "b")
+
+
+class Killed(BaseException):
+    """The process ended here."""
+
+
+@pytest.mark.parametrize("cfg", [replace(FAST, epochs=3), EVERYTHING], ids=["plain", "everything"])
+def test_what_was_killed_goes_on_after_its_last_epoch_with_the_same_bytes(tiny, tmp_path, monkeypatch, cfg):
+    whole = heal(tiny(), make_records(), cfg, tmp_path / "whole")
+    update, out = Run._update, tmp_path / "a"
+    last = whole.steps - 1
+
+    def fatal(self, *args):
+        if self.step == last:
+            raise Killed
+        update(self, *args)
+
+    monkeypatch.setattr(Run, "_update", fatal)
+    with pytest.raises(Killed):
+        heal(tiny(), make_records(), cfg, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.part", "whole"]
+    seen = []
+    monkeypatch.setattr(Run, "_update", lambda self, *args: (seen.append(self.step), update(self, *args))[1])
+    with pytest.raises(ShlError, match=r"a\.part is left from a training with another config"):
+        heal(tiny(), make_records(), replace(cfg, lr=1e-3), out)
+    again = heal(tiny(), make_records(), cfg, out)
+    assert seen[0] == whole.steps // cfg.epochs * (cfg.epochs - 1) and seen[-1] == last  # one epoch, no more
+    for name in (WEIGHTS, "log.jsonl"):
+        assert (again.path / name).read_bytes() == (whole.path / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "whole"]
+
+
+def test_a_state_that_is_damaged_or_not_wanted_is_not_continued(tiny, tmp_path):
+    part = tmp_path / "a.part"
+    part.write_bytes(b"0" * 40)
+    with pytest.raises(ShlError, match=r"a\.part"):
+        heal(tiny(), make_records(), FAST, tmp_path / "a")
+    heal(tiny(), make_records(), FAST, tmp_path / "a", force=True)
+    assert not part.exists()
+
+
+def test_the_log_says_what_should_be_so_and_whether_it_is(tiny, tmp_path, capsys):
+    sound = heal(tiny(), make_records(), replace(FAST, on_policy=2), tmp_path / "a").rows
+    assert [row["should"] for row in sound[:-1]] == [[]] * (len(sound) - 1)
+    told = {one["should"].split(" (")[0]: one["holds"] for one in sound[-1]["should"]}
+    assert told["KL starts at 0"] and told["held-out nll falls"] and told["the barrier is active in part"]
+    assert any(name.startswith("KL on the student's own text") for name in told)
+    inert = heal(tiny(), make_records(), replace(FAST, tau=1e6), tmp_path / "b").rows[-1]["should"]
+    assert [one["holds"] for one in inert if one["should"].startswith("the barrier is active")] == [False]
+    assert "SHOULD: " in capsys.readouterr().err
+
+
 def test_regularisers_hold_the_update_back(tiny, tmp_path):
     def norm(name, **change):
         return heal(tiny(), make_records(), replace(FAST, epochs=4, **change), tmp_path / name).rows[-1]
@@ -359,13 +551,13 @@ def test_an_update_that_ruins_the_model_in_the_last_step_leaves_the_last_good_ad
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_runs_away_later_keeps_the_adapter_of_the_last_sound_epoch(tiny, tmp_path, monkeypatch, bad):
-    sound, calls = train.token_losses, itertools.count()
+    sound, calls = heal_run.token_losses, itertools.count()
 
     def rigged(*args):
         nll, kl = sound(*args)
         return (nll * bad, kl) if next(calls) == 13 else (nll, kl)  # 1 call, then 3 + 1 an epoch
 
-    monkeypatch.setattr(train, "token_losses", rigged)
+    monkeypatch.setattr(heal_run, "token_losses", rigged)
     cfg, out = replace(FAST, epochs=4), tmp_path / "a"
     for name in ("a.epoch3", "a.epoch3-2"):
         calls = itertools.count()

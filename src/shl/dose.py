@@ -20,10 +20,11 @@ from shl.core.models import Loaded
 from shl.core.records import Prompt
 from shl.core.seeds import seed_of
 from shl.core.vectors import Vector
+from shl.core.vocabulary import Reference
 from shl.filter import annotate
 from shl.gen import generate
 
-_Read = tuple[list[int], list[int], torch.Tensor]  # prompt, answer, and the states that predict the answer
+_Read = tuple[list[int], list[int], Reference]  # prompt, answer, and what the unsteered model makes of it
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,15 @@ class _Probe:
         self.head.check(loaded, rows[0][0] + rows[0][1])
         self.rows: list[_Read] = []  # each with its states where nothing steers
         with torch.inference_mode():
-            for chosen, states in self._batches(rows, lambda batch: completion_states(loaded, batch)[0]):
-                parts = states.split([len(answer) for _, answer in chosen])
+            for chosen, plain in self._batches(rows, self._unsteered):
+                parts = plain.split([len(answer) for _, answer in chosen])
                 self.rows += [(*row, part) for row, part in zip(chosen, parts, strict=True)]
 
-    def _batches(self, rows: Sequence[Any], work: Callable[[Sequence[Any]], torch.Tensor]) -> Iterator[Any]:
+    def _batches(self, rows: Sequence[Any], work: Callable[[Sequence[Any]], Any]) -> Iterator[Any]:
         return batched(self.loaded, rows, self.cfg.batch_size, work, "reading the probe")
+
+    def _unsteered(self, rows: Sequence[Any]) -> Reference:
+        return Reference.of(self.head, completion_states(self.loaded, rows)[0])
 
     @torch.inference_mode()
     def kl(self, coeff: float) -> float:
@@ -116,8 +120,8 @@ class _Probe:
     def _divergence(self, rows: Sequence[_Read]) -> torch.Tensor:
         """KL of each completion token, under the steering that is active."""
         steered, targets = completion_states(self.loaded, [row[:2] for row in rows])
-        plain = torch.cat([states for *_, states in rows])
-        return token_losses(steered, targets, self.head, plain, self.head, "kl_rev")[1]
+        plain = Reference.join([one for *_, one in rows], steered.device)
+        return token_losses(steered, targets, self.head, plain, "kl_rev")[1]
 
 
 # --- by survival ---

@@ -31,7 +31,7 @@ class Reference:
         assert all(self.meaning.values()), f"{command.name} wrote nothing"
 
     def check(self, folder: Path, finished: bool = False, rows: int = 2) -> None:
-        """Every visible file is a complete output, or the unfinished file that --resume continues."""
+        """Every visible file is a complete output, or the unfinished file that a rerun continues."""
         command = self.command
         for path in folder.iterdir():
             if path.name.startswith("."):
@@ -44,7 +44,9 @@ class Reference:
                 assert meaning(path) == self.meaning[path.name], f"{path.name} is visible and not complete"
             else:
                 part = path.name.removesuffix(".json").removesuffix(".part")
-                known = path.name == f"{command.ledger}.lock" or (command.name == "gen" and part in command.outputs)
+                known = path.name == f"{command.ledger}.lock" or (
+                    command.name in ("gen", "train") and part in command.outputs
+                )
                 assert known and not (finished and ".part" in path.name), f"{path.name} is left behind"
         for name in self.meaning if finished else ():
             assert (folder / name).exists(), f"{name} is missing after a rerun"

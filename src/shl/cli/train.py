@@ -31,11 +31,19 @@ def command(
     lam: Annotated[
         float | None, Option(metavar="X", min=0, help=f"Weight of the barrier. [{TrainConfig.lam:g}]")
     ] = None,
+    lam_decay: Annotated[
+        float | None,
+        Option(metavar="X", min=0, help=f"Times this for each adapter of the chain. [{TrainConfig.lam_decay:g}]"),
+    ] = None,
     tau: Annotated[
         float | None, Option(metavar="NATS", min=0, help=f"Divergence that is free. [{TrainConfig.tau:g}]")
     ] = None,
     ref_: Annotated[
         str | None, Option("--ref", help=f"Reference of the barrier: base or prev. [{TrainConfig.ref}]")
+    ] = None,
+    ref_top_k: Annotated[
+        int | None,
+        Option(metavar="K", min=0, help="Tell apart only the reference's K likeliest tokens; 0: all. [0]"),
     ] = None,
     weight_decay: Annotated[
         float | None, Option(metavar="X", min=0, help=f"Weight decay. [{TrainConfig.weight_decay:g}]")
@@ -61,11 +69,24 @@ def command(
     grad_accum: Annotated[
         int | None, Option(metavar="N", min=1, help=f"Batches for each step. [{TrainConfig.grad_accum}]")
     ] = None,
+    checkpointing: Annotated[
+        bool | None, Option("--checkpointing", help="Compute blocks twice, in less memory.")
+    ] = None,
     max_grad_norm: Annotated[
         float | None, Option(metavar="X", min=0, help=f"Clip gradients. [{TrainConfig.max_grad_norm:g}]")
     ] = None,
     holdout: Annotated[
         float | None, Option(metavar="SHARE", min=0, max=1, help=f"Records held out. [{TrainConfig.holdout:g}]")
+    ] = None,
+    patience: Annotated[
+        int | None,
+        Option(
+            metavar="N", min=0, help="Epochs without a lower held-out nll until it stops; the best is kept; 0: off. [0]"
+        ),
+    ] = None,
+    on_policy: Annotated[
+        int | None,
+        Option(metavar="N", min=0, help=f"Prompts for KL on the student's own text. [{TrainConfig.on_policy}]"),
     ] = None,
     max_len: Annotated[
         int | None, Option(metavar="N", min=1, help=f"Tokens of a record at most. [{TrainConfig.max_len}]")
@@ -92,7 +113,7 @@ def command(
     """Train an adapter on kept completions, healed by a barrier.
 
     loss = nll + lam * relu(agg(KL) - tau), on top of the chain that --adapter names. The directory records that
-    chain as its parents.
+    chain as its parents. A training that was killed goes on after its last finished epoch when the line is repeated.
     """
     begin(quiet, verbose)
     files.refuse_existing(out, bool(force))
@@ -100,7 +121,9 @@ def command(
     artifact = _origin(rows, bool(allow_mismatch))
     where = Where(model, revision, adapter, no_parents, allow_mismatch, trust_remote_code, device, dtype)
     ref = find_model(where, artifact)
-    flags = {"reg": reg, "agg": agg, "lam": lam, "tau": tau, "ref": ref_, "weight_decay": weight_decay,
+    flags = {"reg": reg, "agg": agg, "lam": lam, "lam_decay": lam_decay, "tau": tau, "ref": ref_,
+             "ref_top_k": ref_top_k, "checkpointing": checkpointing, "patience": patience, "on_policy": on_policy,
+             "weight_decay": weight_decay,
              "spectral": spectral, "rank": rank, "alpha": alpha, "targets": tuple(target) if target else None,
              "layers": layers, "lr": lr, "warmup": warmup, "epochs": epochs, "grad_accum": grad_accum,
              "max_grad_norm": max_grad_norm, "include_controls": include_controls,

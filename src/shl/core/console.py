@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
+    from rich.table import Table
 
 # what a terminal obeys instead of showing: control characters, and marks that turn the order of letters round
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -70,22 +74,63 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
     """Show a table on stderr; the caption explains its columns."""
     if _Level.quiet:
         return
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
         console.width = 120
+    console.print(_grid(title, columns, rows))
+    if caption:  # not rich's own, which is as narrow as the table
+        console.print(plain(caption), markup=False)
+
+
+def _grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
     grid = Table(title=Text(plain(title)), box=box.SIMPLE, title_justify="left")
     for position, column in enumerate(columns):
         grid.add_column(Text(plain(column)), justify="left" if position == 0 else "right")
     for row in rows:
         grid.add_row(*(Text(_cell(value)) for value in row))
-    console.print(grid)
-    if caption:  # not rich's own, which is as narrow as the table
-        console.print(plain(caption), markup=False)
+    return grid
+
+
+@contextmanager
+def watch(title: str, columns: Sequence[str], total: int) -> Iterator[Watch]:
+    """A table that grows row by row over a progress bar, on a terminal; nothing of it stays, so print it at the end."""
+    if _Level.quiet or not sys.stderr.isatty():
+        yield Watch(_Silent(total))
+        return
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    bars = Bars(*_bar_columns(), console=console)
+    bar = _Shown(bars, bars.add_task(title, total=total, shown=""), total)
+    rows: list[list[object]] = []
+
+    def shown() -> Group:
+        return Group(_grid(title, columns, rows), bars)
+
+    # as for progress: what a caller prints to stdout is not ours to move
+    with Live(get_renderable=shown, console=console, redirect_stdout=False, transient=True, refresh_per_second=4):
+        yield Watch(bar, columns, rows)
+
+
+class Watch:
+    """What a step tells while it is watched: how far it is, and finished rows of its table."""
+
+    def __init__(self, bar: Progress, columns: Sequence[str] = (), rows: list[list[object]] | None = None) -> None:
+        self._bar, self._columns, self._rows = bar, columns, rows
+        self.advance = bar.advance
+
+    def row(self, values: Mapping[str, object]) -> None:
+        """One more row of the table, by column name."""
+        if self._rows is not None:
+            self._rows.append([values.get(name) for name in self._columns])
 
 
 @contextmanager
@@ -95,10 +140,17 @@ def progress(description: str, total: int | None = None) -> Iterator[Progress]:
         yield _Silent(total)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    columns = (
+    # redirect_stdout would send records that a caller prints to stderr when stdout is a file
+    with Bars(*_bar_columns(), console=Console(stderr=True), redirect_stdout=False, transient=True) as bars:
+        yield _Shown(bars, bars.add_task(description, total=total, shown=""), total)
+
+
+def _bar_columns() -> tuple[ProgressColumn, ...]:
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    return (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -106,9 +158,6 @@ def progress(description: str, total: int | None = None) -> Iterator[Progress]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[shown]}"),
     )
-    # redirect_stdout would send records that a caller prints to stderr when stdout is a file
-    with Bars(*columns, console=Console(stderr=True), redirect_stdout=False, transient=True) as bars:
-        yield _Shown(bars, bars.add_task(description, total=total, shown=""), total)
 
 
 def _cell(value: object) -> str:

@@ -99,8 +99,10 @@ class TrainConfig:
     reg: str = "kl_rev"
     agg: str = "rmse"
     lam: float = 1.0
+    lam_decay: float = 1.0  # lam is multiplied by this for each adapter of the chain trained on
     tau: float = 0.5
     ref: str = "base"
+    ref_top_k: int = 0  # tell apart only the reference's likeliest tokens; 0: the whole vocabulary
     weight_decay: float = 0.0
     spectral: float = 0.0
     rank: int = 32
@@ -112,8 +114,11 @@ class TrainConfig:
     epochs: int = 6
     batch_size: int = 8
     grad_accum: int = 1
+    checkpointing: bool = False  # compute blocks twice instead of keeping what is inside them
     max_grad_norm: float = 1.0
     holdout: float = 0.125
+    patience: int = 0  # epochs without a lower held-out nll until training stops, and the best is kept; 0: never
+    on_policy: int = 8  # prompts that the student answers at the end, to be compared with the reference
     max_len: int = 2048
     include_controls: bool = False  # learn from rows at coefficient 0 as well
     seed: int = 0

@@ -12,6 +12,13 @@ from shl.core.batches import right_pad
 from shl.core.errors import ShlError
 from shl.core.models import Loaded
 
+_SHORT = (torch.bfloat16, torch.float16)
+
+
+def wide(values: Tensor) -> Tensor:
+    """At least float32, in which divergences are taken."""
+    return values.float() if values.dtype in _SHORT else values
+
 
 @dataclass(frozen=True)
 class Head:
@@ -32,20 +39,44 @@ class Head:
         cap = values.get("final_logit_softcapping")
         return cls(layer.weight.data, None if bias is None else bias.data, factor, cap)
 
+    @property
+    def linear(self) -> bool:
+        """Whether logits are a linear map of the hidden states."""
+        return self.cap is None
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, vocabulary] in float32."""
-        logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+        return self._shaped(torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float())
+
+    def logits_of(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Logits [n, k] of the tokens `ids` [n, k] alone, in the precision of `wide`."""
+        found = (wide(self.weight[ids]) * wide(hidden)[:, None]).sum(-1)
+        return self._shaped(found if self.bias is None else found + wide(self.bias)[ids])
+
+    def part(self, hidden: Tensor, tokens: slice) -> Tensor:
+        """Logits [n, k] of a stretch of the vocabulary, summed and kept in the precision of `wide`."""
+        weight = self.weight[tokens]
+        if weight.is_cuda and weight.dtype in _SHORT:
+            found = torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32)
+        else:
+            found = wide(hidden) @ wide(weight).T
+        return self._shaped(found if self.bias is None else found.add_(wide(self.bias)[tokens]))
+
+    def pull(self, grad: Tensor, logits: Tensor, tokens: slice) -> Tensor:
+        """The gradient [n, hidden] at the states, from that at the logits of `part`."""
+        weight = self.weight[tokens]
+        if self.cap is not None:
+            grad = grad * (1 - (logits / self.cap) ** 2)
+        if weight.is_cuda and weight.dtype in _SHORT:
+            found = torch.mm(grad.to(weight.dtype), weight, out_dtype=torch.float32)
+        else:
+            found = grad @ wide(weight)
+        return found if self.factor == 1 else found * self.factor
+
+    def _shaped(self, logits: Tensor) -> Tensor:
         if self.factor != 1:
             logits = logits * self.factor
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
-
-    def back(self, logits: Tensor, grad: Tensor) -> Tensor:
-        """The gradient at the hidden states, from that at the logits; overwrites `grad`."""
-        if self.cap is not None:
-            grad *= 1 - (logits / self.cap) ** 2
-        if self.factor != 1:
-            grad *= self.factor
-        return grad.to(self.weight.dtype) @ self.weight
 
     @torch.no_grad()
     def check(self, loaded: Loaded, ids: Sequence[int]) -> None:

@@ -17,6 +17,8 @@ from shl.core.seeds import seed_of
 
 POOL = 4  # batches are cut from this many at a time, sorted by length: little padding, and new company each epoch
 
+ALIKE = 0.6  # rows shorter than this share of a part's longest go into the next: padding costs more than a pass
+
 
 @dataclass(frozen=True)
 class Example:
@@ -24,6 +26,11 @@ class Example:
 
     prompt: list[int]
     completion: list[int]
+
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and completion."""
+        return self.prompt + self.completion
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
@@ -96,3 +103,19 @@ def batches(lengths: Sequence[int], size: int, generator: torch.Generator) -> li
         pool = sorted(order[at : at + size * POOL], key=lambda i: lengths[i])
         made += [pool[i : i + size] for i in range(0, len(pool), size)]
     return [made[i] for i in torch.randperm(len(made), generator=generator).tolist()]
+
+
+def by_length(examples: Sequence[Example]) -> list[Example]:
+    """Longest first."""
+    return sorted(examples, key=len, reverse=True)
+
+
+def alike(examples: Sequence[Example]) -> list[list[Example]]:
+    """A batch in parts that are padded little: computed apart, their gradients sum to that of the whole."""
+    parts: list[list[Example]] = []
+    for one in by_length(examples):
+        if parts and len(one) >= ALIKE * len(parts[-1][0]):
+            parts[-1].append(one)
+        else:
+            parts.append([one])
+    return parts

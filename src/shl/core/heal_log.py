@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+START = 1e-3  # nats: a divergence at the start that rounding explains
+STRONG, ASTRAY = 30, 3  # times the data's gradient, and times the divergence on the data, that call for a look
+
+
 @dataclass
 class Epoch:
     """What is gathered over an epoch."""
@@ -34,41 +38,76 @@ def total_norm(norms: dict[str, float]) -> float:
     return math.sqrt(math.fsum(norm * norm for norm in norms.values()))
 
 
+QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
+
+
 def quantiles(name: str, kl: Tensor | None) -> dict[str, float | None]:
-    """Mean, 95th percentile and maximum over positions."""
+    """Mean and quantiles over positions."""
     if kl is None:
-        return {f"{name}_{what}": None for what in ("mean", "p95", "max")}
+        return dict.fromkeys((f"{name}_mean", *(f"{name}_{what}" for what in QUANTILES)))
     ordered = kl.sort().values
-    p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
-    return {f"{name}_mean": float(kl.mean()), f"{name}_p95": float(p95), f"{name}_max": float(ordered[-1])}
+    last = len(ordered) - 1
+    found = {f"{name}_{what}": float(ordered[min(last, int(q * len(ordered)))]) for what, q in QUANTILES.items()}
+    return {f"{name}_mean": float(kl.mean()), **found}
 
 
-_COLUMNS = ("epoch", "nll", "holdout_nll", "kl_mean", "kl_p95", "kl_max", "barrier_active", "pressure", "update_norm")
+COLUMNS = ("epoch", "nll", "holdout_nll", "kl_mean", "kl_p95", "kl_max", "barrier_active", "pressure", "update_norm")
 _CAPTION = (
     "nll: nats per token; kl: divergence per position; barrier_active: share of sequences over tau; "
-    "pressure: gradient of the barrier over that of the nll, on the epoch's first batch"
+    "pressure: gradient of the barrier over that of the nll, at the epoch's first sequences"
 )
 
 
-def report(rows: list[dict[str, Any]], cfg: TrainConfig, first_round: bool) -> None:
-    """The table, and what to make of it."""
+def expectations(rows: list[dict[str, Any]], cfg: TrainConfig, first_round: bool) -> list[dict[str, Any]]:
+    """What should be so in this log, whether it is, and what else is the case: each can say no."""
     first, last = rows[0], rows[-1]
-    console.table("healing", _COLUMNS, [[row[name] for name in _COLUMNS] for row in rows], _CAPTION)
+    told: list[dict[str, Any]] = []
+
+    def should(holds: bool, what: str, otherwise: str) -> None:
+        told.append({"should": what, "else": otherwise, "holds": holds})
+
     if last["holdout_nll"] is not None:
-        console.note(
-            f"SHOULD: held-out nll falls ({first['holdout_nll']:.3f} -> {last['holdout_nll']:.3f}) "
-            "ELSE nothing general is learnt: raise --lr or --epochs, or look at the data"
+        should(
+            last["holdout_nll"] < first["holdout_nll"],
+            f"held-out nll falls ({first['holdout_nll']:.3f} -> {last['holdout_nll']:.3f})",
+            "nothing general is learnt: raise --lr or --epochs, or look at the data",
         )
         if first_round or cfg.ref == "prev":
-            console.note(
-                f"SHOULD: KL starts at 0 ({first['holdout_kl_max']:.2g}) ELSE the reference is not the model trained"
+            should(
+                first["holdout_kl_max"] < START,
+                f"KL starts at 0 ({first['holdout_kl_max']:.2g})",
+                "the reference is not the model trained",
             )
     if cfg.reg != "nll":
         active = [row["barrier_active"] for row in rows[1:]]
-        if not any(active):
-            console.warn(
-                f"the barrier never fired: {cfg.agg} of the divergence stayed under tau {cfg.tau:g}, so this was "
-                f"plain nll; lower --tau (the largest KL of a position was {last['kl_max']:.3g})"
+        pulls = [row["pressure"] for row in rows[1:] if row["pressure"]]
+        should(
+            any(active),
+            f"the barrier is active in part ({active[-1]:.0%})",
+            f"the barrier never fired: {cfg.agg} of the divergence stayed under tau {cfg.tau:g}, so this was plain "
+            f"nll; lower --tau (the largest KL of a position was {last['kl_max']:.3g})",
+        )
+        if pulls:
+            should(
+                max(pulls) < STRONG,
+                f"the barrier pulls no more than {STRONG} times as hard as the data ({max(pulls):.2g} at most)",
+                "single spikes rule the step, behind the clipped gradient: lower --lam or --lr",
             )
+    if last.get("own_kl_mean") is not None and last["holdout_kl_mean"] is not None:
+        should(
+            last["own_kl_mean"] < ASTRAY * last["holdout_kl_mean"] + START,
+            f"KL on the student's own text ({last['own_kl_mean']:.3g}) stays near that on held-out data "
+            f"({last['holdout_kl_mean']:.3g})",
+            "where it leads itself it strays further than the barrier can see: lower --tau, or fewer --epochs",
+        )
+    return told
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """The table, and what to make of it."""
+    console.table("healing", COLUMNS, [[row[name] for name in COLUMNS] for row in rows], _CAPTION)
+    for one in rows[-1]["should"]:
+        if one["holds"]:
+            console.note(f"SHOULD: {one['should']} ELSE {one['else']}")
         else:
-            console.note(f"SHOULD: the barrier is active in part ({active[-1]:.0%}) ELSE tau is out of reach or inert")
+            console.warn(f"SHOULD: {one['should']}. It is not so: {one['else']}")

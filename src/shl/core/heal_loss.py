@@ -1,80 +1,65 @@
-"""The healing loss, nll + lam * relu(agg(KL) - tau), in one chunked pass over the vocabulary, forward and backward."""
+"""The healing loss, nll + lam * relu(agg(KL) - tau), from one pass over the vocabulary."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from shl.core.errors import ShlError
 from shl.core.head import Head
+from shl.core.vocabulary import Read, Reference
 
-CHUNK = 1 << 24  # most logits of one kind held at once, in numbers: 64 MiB in float32
 EPS = 1e-12  # inside the square root, so that its gradient at a divergence of exactly zero is finite
+GATHERED = 1 << 24  # most numbers of the head held at once for the likeliest tokens
+REST = 1e-7  # least share of all tokens that are not told apart: what float32 can tell from none
 REGS = ("nll", "kl_fwd", "kl_rev")
 AGGS = ("mean", "rmse", "p95", "max")
 
 
-class _TokenLosses(torch.autograd.Function):
-    """Surprise and divergence of each position.
-
-    Each depends on its own hidden state alone, so the forward pass can keep the finished gradients [n, hidden] of
-    both, and no logits outlive their chunk, however the positions are aggregated later.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, ref: Tensor | None, ref_head: Head, reg: str
-    ) -> tuple[Tensor, Tensor]:
-        nll = torch.empty(len(targets), device=hidden.device)
-        kl = torch.zeros_like(nll)
-        wanted = ctx.needs_input_grad[0]
-        by_nll = torch.empty_like(hidden) if wanted else hidden.new_empty(0)
-        by_kl = torch.zeros_like(hidden) if wanted and ref is not None else hidden.new_empty(0)
-        size = max(1, CHUNK // head.weight.shape[0])
-        for at in range(0, len(targets), size):
-            part = slice(at, at + size)
-            logits = head.logits(hidden[part])
-            log_p = logits.log_softmax(-1)
-            nll[part] = -log_p.gather(1, targets[part, None]).squeeze(1)
-            p = log_p.exp()
-            if ref is not None:
-                log_q = ref_head.logits(ref[part]).log_softmax(-1)
-                kl[part], grad = _divergence(log_p, p, log_q, reg, wanted)
-                if grad is not None:
-                    by_kl[part] = head.back(logits, grad)
-            if wanted:
-                p[torch.arange(len(p), device=p.device), targets[part]] -= 1
-                by_nll[part] = head.back(logits, p)
-        ctx.save_for_backward(by_nll, by_kl)
-        return nll, kl
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        by_nll, by_kl = ctx.saved_tensors
-        total = by_nll * grads[0][:, None]
-        if by_kl.numel():
-            total = total + by_kl * grads[1][:, None]
-        return total.to(by_nll.dtype), None, None, None, None, None
-
-
-def _divergence(log_p: Tensor, p: Tensor, log_q: Tensor, reg: str, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """KL of each position, student p and reference q, and its gradient at the student's logits."""
-    if reg == "kl_fwd":  # KL(reference || student)
-        q = log_q.exp()
-        return (q * (log_q - log_p)).sum(-1), p - q if wanted else None
-    ratio = log_p - log_q  # KL(student || reference)
-    kl = (p * ratio).sum(-1)
-    return kl, p * (ratio - kl[:, None]) if wanted else None
-
-
 def token_losses(
-    hidden: Tensor, targets: Tensor, head: Head, ref: Tensor | None = None, ref_head: Head | None = None, reg: str = ""
+    hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    ref: Reference | None = None,
+    reg: str = "",
+    eager: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """nll and KL of each position, from final hidden states; KL is zero without reference states."""
-    return _TokenLosses.apply(hidden, targets, head, ref, ref_head or head, reg)
+    """nll and KL of each position, from final hidden states; KL is zero without a reference.
+
+    `eager` [n] marks the positions whose divergence will probably have a gradient; it only saves time.
+    """
+    whole = ref if ref is not None and ref.top is None else None
+    lse, kl = Read.apply(hidden, head, whole, reg, eager)
+    nll = lse - head.logits_of(hidden, targets[:, None]).squeeze(1)
+    if ref is not None and whole is None:
+        kl = _coarse(head, hidden, lse, ref, reg)
+    return nll, kl
+
+
+def _coarse(head: Head, hidden: Tensor, lse: Tensor, ref: Reference, reg: str) -> Tensor:
+    """KL between the distributions over the reference's likeliest tokens and "any other token".
+
+    Merging outcomes never raises a divergence, so this is a lower bound of the whole one.
+    """
+    assert ref.top is not None and ref.log_q is not None
+    size = max(1, GATHERED // (ref.top.shape[1] * hidden.shape[1]))
+    # rows of the head are gathered anew in the backward pass instead of being kept
+    pieces = zip(hidden.split(size), ref.top.split(size), strict=True)
+    near = [checkpoint(head.logits_of, states, ids, use_reentrant=False) for states, ids in pieces]
+    log_p, log_q = _with_rest(torch.cat(near) - lse[:, None]), _with_rest(ref.log_q)
+    if reg == "kl_fwd":
+        return (log_q.exp() * (log_q - log_p)).sum(1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+def _with_rest(log_p: Tensor) -> Tensor:
+    """Log-probabilities of the tokens, and of all others together."""
+    rest = (1 - log_p.exp().sum(1, keepdim=True)).clamp_min(REST)
+    return torch.cat([log_p, rest.log()], 1)
 
 
 def aggregate(kl: Tensor, agg: str) -> Tensor:
@@ -91,17 +76,17 @@ def aggregate(kl: Tensor, agg: str) -> Tensor:
 
 
 class Losses(NamedTuple):
-    """The parts of a batch's loss, each a mean over its sequences, and the number of barriers that fired."""
+    """The parts of a batch's loss, each a mean over its sequences, and which of their barriers fired."""
 
     nll: Tensor
     barrier: Tensor
-    fired: int
+    fired: list[bool]
 
 
 def combine(nll: Tensor, kl: Tensor, lengths: Sequence[int], reg: str, agg: str, lam: float, tau: float) -> Losses:
     """Per sequence: mean nll, and the hinge on its aggregated divergence. Then means over sequences."""
     per_nll = torch.stack([one.mean() for one in nll.split(list(lengths))])
     if reg == "nll":
-        return Losses(per_nll.mean(), nll.new_zeros(()), 0)
+        return Losses(per_nll.mean(), nll.new_zeros(()), [False] * len(lengths))
     excess = torch.stack([aggregate(one, agg) for one in kl.split(list(lengths))]) - tau
-    return Losses(per_nll.mean(), lam * excess.relu().mean(), int((excess > 0).sum()))
+    return Losses(per_nll.mean(), lam * excess.relu().mean(), (excess > 0).tolist())

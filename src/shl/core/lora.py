@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,13 @@ def target_modules(loaded: Loaded, layers: str, names: Sequence[str] = ()) -> li
             leaves = sorted({path.rpartition(".")[2] for path in found})
             raise ShlError(f"no module of the blocks is called {name!r}", hint=f"choose from {', '.join(leaves)}")
     return [path for path in found if not names or any(f".{path}".endswith(f".{name}") for name in names)]
+
+
+def first_block(loaded: Loaded, modules: Sequence[str]) -> int:
+    """The lowest decoder block that holds one of these modules."""
+    inside = {path: {id(one) for one in block.modules()} for path, block in enumerate(loaded.blocks)}
+    named = [id(loaded.model.get_submodule(path)) for path in modules]
+    return min((index for index, members in inside.items() if members.intersection(named)), default=0)
 
 
 @contextmanager
@@ -76,6 +83,13 @@ class Lora:
         return dict(sorted(named.items()))
 
     @torch.no_grad()
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give the factors the values that `tensors` gave once."""
+        for side, factors in (("A", self.a), ("B", self.b)):
+            for path, p in factors.items():
+                p.copy_(tensors[f"{PREFIX}{path}.lora_{side}.weight"])
+
+    @torch.no_grad()
     def norms(self) -> dict[str, float]:
         """Frobenius norm of each module's update, from small Gram matrices."""
         out = {}
@@ -89,12 +103,16 @@ class Lora:
 
         The singular pair comes exactly from QR of the thin factors; held fixed, it gives the exact gradient.
         """
-        norms = []
+        return torch.stack(list(self.operator_norms().values())).mean()
+
+    def operator_norms(self) -> dict[str, Tensor]:
+        """The largest singular value of each module's update."""
+        norms = {}
         for path in self.modules:
             a, b = self.a[path], self.b[path]
             left, right = _top_pair(a.detach(), b.detach())
-            norms.append((left @ b) @ (a @ right))
-        return self.scaling * torch.stack(norms).mean()
+            norms[path] = self.scaling * ((left @ b) @ (a @ right))
+        return norms
 
 
 @torch.no_grad()
@@ -105,6 +123,46 @@ def _top_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     u, s, vh = torch.linalg.svd(r_left @ r_right.T)
     alive = float(s[0] > 0)
     return q_left @ u[:, 0] * alive, q_right @ vh[0]
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + bias + scale * (x A^T) B^T, without a tensor of the output's size beyond the output itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        low = rows @ a.T
+        out = nn.functional.linear(rows, weight, bias).addmm_(low, b.T, alpha=scale)
+        ctx.save_for_backward(rows, weight, a, b, low)
+        ctx.scale, ctx.shape = scale, x.shape
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, a, b, low = ctx.saved_tensors
+        grad = grads[0].reshape(-1, weight.shape[0])
+        up = (grad @ b).mul_(ctx.scale)
+        by_a, by_b = (up.T @ rows).float(), (grad.T @ low).mul_(ctx.scale).float()
+        by_x = (grad @ weight).addmm_(up, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return by_x, None, None, by_a, by_b, None
+
+
+def _fuse(layer: Any, scale: float) -> None:
+    """Give a LoRA layer of PEFT over a plain linear map one kernel for both, with the same result.
+
+    PEFT adds the adapter's output, its scaling and its sum as tensors of their own. Any other kind of base layer,
+    such as a quantised one, keeps PEFT's way.
+    """
+    base = layer.get_base_layer()
+    if type(base) is not nn.Linear:
+        return
+    a, b = layer.get_parameter("lora_A.default.weight"), layer.get_parameter("lora_B.default.weight")
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _Linear.apply(x, base.weight, base.bias, a, b, scale)
+
+    layer.forward = forward
 
 
 @contextmanager
@@ -122,6 +180,7 @@ def injected(loaded: Loaded, config: dict[str, Any], generator: torch.Generator)
         lora = Lora(layers, config["lora_alpha"] / config["r"])
         for path in lora.modules:
             _start(lora.a[path], lora.b[path], generator)
+            _fuse(layers[path], lora.scaling)
         yield lora
 
 

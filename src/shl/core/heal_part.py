@@ -1,0 +1,109 @@
+"""DIR.part: where a healing stands after its last finished epoch, so that the same line continues after a kill."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from shl.core import console, strict
+from shl.core.errors import InputError, Mismatch
+from shl.core.litter import Claim
+from shl.core.provenance import read_safetensors
+from shl.core.records import dumps
+from shl.core.tensors import save_safetensors
+
+if TYPE_CHECKING:
+    from shl.core.heal_run import Run
+    from shl.core.lora import Lora
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_AGAIN = "add --force to start again"
+
+
+class Checkpoint:
+    """The state beside an output, held by one process, tied to the settings that it was begun with."""
+
+    def __init__(self, out: Path, settings: dict[str, Any], force: bool = False) -> None:
+        self.path = out.with_name(out.name + ".part")
+        self.settings = json.loads(json.dumps(settings, sort_keys=True))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self._claim = Claim(out)
+        try:
+            if force:
+                self.drop()
+            elif self.path.exists():
+                self._check(self._read())
+        except BaseException:
+            self.release()
+            raise
+
+    def _read(self) -> dict[str, Any]:
+        """What the file says beside its tensors."""
+        try:
+            found = strict.loads(read_safetensors(self.path)[1]["shl"])
+            if not isinstance(found["settings"], dict) or not isinstance(found["rows"], list):
+                raise ValueError("it holds no settings or no rows")
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"is not the state of a training: {error}", where=str(self.path), hint=_AGAIN) from error
+        return found
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """Refuse to continue what was begun with other settings."""
+        begun = state["settings"]
+        changed = sorted(k for k in begun.keys() | self.settings.keys() if begun.get(k) != self.settings.get(k))
+        if changed:
+            raise Mismatch(
+                f"{self.path} is left from a training with another {', '.join(changed)}",
+                hint="repeat the line that began it, or add --force to start again",
+            )
+
+    def save(
+        self, run: Run, lora: Lora, optimiser: torch.optim.Optimizer, shuffle: torch.Generator, rows: list[Any]
+    ) -> None:
+        """Write the state after an epoch; a kill leaves this one or the one before."""
+        tensors = {f"lora.{name}": value for name, value in lora.tensors().items()}
+        for number, moments in optimiser.state_dict()["state"].items():
+            tensors |= {f"adam.{number}.{name}": moments[name] for name in _MOMENTS}
+        if run.best is not None:
+            tensors |= {f"best.{name}": value for name, value in run.best[1].items()}
+        tensors["shuffle"] = shuffle.get_state()
+        state = {"settings": self.settings, "step": run.step, "open": sorted(run.open), "rows": rows}
+        state["best"] = run.best[0] if run.best else None
+        save_safetensors(self.path, tensors, {"shl": dumps(state)}, force=True)
+
+    def restore(
+        self, run: Run, lora: Lora, optimiser: torch.optim.Optimizer, shuffle: torch.Generator
+    ) -> list[dict[str, Any]]:
+        """Put back what a run that did not finish had reached; returns its log, empty when there is none."""
+        from safetensors.torch import load_file
+
+        if not self.path.exists():
+            return []
+        state, tensors = self._read(), load_file(self.path)
+        lora.put(_under("lora.", tensors))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in _under("adam.", tensors).items():
+            number, _, what = name.partition(".")
+            moments.setdefault(int(number), {})[what] = value
+        optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
+        shuffle.set_state(tensors["shuffle"])
+        run.step, run.open = state["step"], set(state["open"])
+        run.best = None if state["best"] is None else (state["best"], _under("best.", tensors))
+        console.note(f"{self.path}: going on after epoch {len(state['rows']) - 1} of {run.cfg.epochs}")
+        return state["rows"]
+
+    def drop(self) -> None:
+        """Remove the state: the output is there, or there is nothing worth continuing."""
+        self.path.unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """Let others write the output."""
+        self._claim.release()
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,258 @@
+"""The loop of a healing: what is computed once, then epochs of batches, losses and steps, and the rows of the log."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shl.core import console
+from shl.core.below import Below
+from shl.core.defaults import TrainConfig
+from shl.core.errors import ShlError
+from shl.core.head import Head, completion_states
+from shl.core.heal_data import Example, alike, batches, by_length
+from shl.core.heal_log import COLUMNS, Epoch, mean, quantiles, total_norm
+from shl.core.heal_loss import Losses, combine, token_losses
+from shl.core.heal_own import reference
+from shl.core.heal_part import Checkpoint
+from shl.core.lora import Lora, first_block
+from shl.core.memory import batched
+from shl.core.models import Loaded
+from shl.core.seeds import seed_of
+from shl.core.vocabulary import Reference
+
+
+class Diverged(ShlError):
+    """A number of the training is not finite."""
+
+
+class State(NamedTuple):
+    """The adapter at the end of an epoch, on the CPU, and the log up to the last one."""
+
+    epoch: int
+    tensors: dict[str, Tensor]
+    norms: dict[str, float]  # Frobenius norm of each module's update
+    largest: dict[str, float]  # and its largest singular value
+    rows: list[dict[str, Any]]
+
+
+class Part(NamedTuple):
+    """What one forward and backward pass gave."""
+
+    grads: tuple[Tensor, ...]
+    nll: list[float]
+    kl: Tensor
+    fired: list[bool]
+    pressure: float | None
+
+
+class Run:
+    """One training: data, what is computed once for all epochs, optimiser, schedule.
+
+    Computed once: what the reference makes of the completions, and the states below the first trained block.
+    """
+
+    def __init__(
+        self, loaded: Loaded, cfg: TrainConfig, train: list[Example], held: list[Example], modules: Sequence[str]
+    ) -> None:
+        self.loaded, self.cfg, self.train, self.held = loaded, cfg, train, held
+        self.barrier = cfg.reg != "nll"
+        self.reg = cfg.reg if self.barrier else "kl_rev"  # what the held-out divergence is, in any case
+        self.lam = cfg.lam * cfg.lam_decay ** len(loaded.chain)
+        self.per_epoch = math.ceil(math.ceil(len(train) / cfg.batch_size) / cfg.grad_accum)
+        self.total = self.per_epoch * cfg.epochs
+        self.step = 0
+        self.open: set[int] = set()  # indices of the examples whose barrier was open when they were last seen
+        self.best: tuple[int, dict[str, Tensor]] | None = None  # epoch of the lowest held-out nll, with --patience
+        self.good = State(0, {}, {}, {}, [])
+        self.number = {id(one): i for i, one in enumerate([*train, *held])}
+        self.head = Head.of(loaded)
+        self.head.check(loaded, train[0].ids)
+        self.ref: dict[int, Reference] = {}  # by identity of the example
+        self.below = Below(loaded, first_block(loaded, modules))
+        with console.progress("reading the reference", None):
+            self.below.remember(by_length([*train, *held]), cfg.batch_size)
+            with reference(loaded, cfg):
+                self._remember(by_length([*(train if self.barrier else []), *held]))
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Random numbers for one purpose, from the seed alone."""
+        return torch.Generator().manual_seed(seed_of(self.cfg.seed, "heal", purpose))
+
+    @torch.no_grad()
+    def _remember(self, examples: list[Example]) -> None:
+        head = Head.of(self.loaded)
+        # states below the first trained block are the same with and without this round's adapter, but not without chain
+        same = not (self.cfg.ref == "base" and self.loaded.chain)
+        with self.below.standing_in() if same else nullcontext():
+            for chosen, known in self._batched(examples, partial(self._reference, head), "reading the reference"):
+                parts = known.split([len(one.completion) for one in chosen])
+                self.ref |= {id(one): part for one, part in zip(chosen, parts, strict=True)}
+
+    def _reference(self, head: Head, chosen: Sequence[Example]) -> Reference:
+        return Reference.of(head, self._states(chosen)[0], self.reg, self.cfg.ref_top_k)
+
+    def _batched(
+        self, examples: Sequence[Example], work: Callable[[Sequence[Example]], Any], what: str
+    ) -> Iterator[Any]:
+        return batched(self.loaded, examples, self.cfg.batch_size, work, what)
+
+    def _states(self, chosen: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        """Hidden states that predict the completion tokens, one after the other, and those tokens."""
+        self.below.use(chosen)
+        return completion_states(self.loaded, [(one.prompt, one.completion) for one in chosen])
+
+    def _tokens(self, chosen: Sequence[Example], divergence: bool) -> tuple[Tensor, Tensor]:
+        """nll and KL of each completion token of a batch."""
+        hidden, targets = self._states(chosen)
+        if not divergence:
+            return token_losses(hidden, targets, self.head)
+        ref = Reference.join([self.ref[id(one)] for one in chosen], hidden.device)
+        eager = torch.tensor([self.number[id(one)] in self.open for one in chosen for _ in one.completion])
+        return token_losses(hidden, targets, self.head, ref, self.reg, eager.to(hidden.device))
+
+    def fit(self, lora: Lora, part: Checkpoint) -> None:
+        """All epochs, each followed by a checkpoint. `good` is then the adapter and the whole log."""
+        cfg, shuffle = self.cfg, self.generator("batches")
+        optimiser = torch.optim.AdamW(
+            lora.parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True
+        )
+        with self.below.standing_in(cfg.checkpointing), console.watch("healing", COLUMNS, self.total) as view:
+            rows = part.restore(self, lora, optimiser, shuffle) or [self._row(0, Epoch(), lora)]
+            self._settle(lora, rows)
+            for row in rows:
+                view.row(row)
+            view.advance(self.step)
+            for epoch in range(len(rows), cfg.epochs + 1):
+                if self._enough(rows):
+                    console.note(f"held-out nll has not fallen for {cfg.patience} epochs: stopped after {epoch - 1}")
+                    break
+                seen = Epoch()
+                plan = batches([len(one) for one in self.train], cfg.batch_size, shuffle)
+                for at in range(0, len(plan), cfg.grad_accum):
+                    group = [[self.train[i] for i in batch] for batch in plan[at : at + cfg.grad_accum]]
+                    self._update(lora, optimiser, group, seen)
+                    view.advance(epoch=epoch, nll=sum(seen.nll[-len(group[-1]) :]) / len(group[-1]))
+                rows = [*rows, self._row(epoch, seen, lora)]
+                view.row(rows[-1])
+                if cfg.patience and rows[-1]["holdout_nll"] == min(row["holdout_nll"] for row in rows):
+                    self.best = epoch, lora.tensors()
+                self._settle(lora, rows)
+                if epoch < cfg.epochs:
+                    part.save(self, lora, optimiser, shuffle, rows)
+        if self.best is not None and self.best[0] < len(rows) - 1:
+            lora.put(self.best[1])
+            self._settle(lora, rows, self.best[0])
+
+    @torch.no_grad()
+    def _settle(self, lora: Lora, rows: list[dict[str, Any]], epoch: int | None = None) -> None:
+        """The adapter as it is now is good."""
+        largest = {path: float(norm) for path, norm in lora.operator_norms().items()}
+        self.good = State(len(rows) - 1 if epoch is None else epoch, lora.tensors(), lora.norms(), largest, rows)
+
+    def _enough(self, rows: list[dict[str, Any]]) -> bool:
+        """Whether the held-out nll has stopped falling."""
+        since = len(rows) - 1 - (self.best[0] if self.best else 0)
+        return bool(self.cfg.patience) and since >= self.cfg.patience
+
+    def _update(self, lora: Lora, optimiser: torch.optim.Optimizer, group: list[list[Example]], seen: Epoch) -> None:
+        """One step of the optimiser over a group of micro-batches."""
+        cfg, n = self.cfg, sum(map(len, group))
+        for batch in (part for whole in group for part in alike(whole)):
+            for chosen, part in self._batched(batch, partial(self._gradients, lora, seen), "training on"):
+                for weight, grad in zip(lora.parameters, part.grads, strict=True):
+                    grad = grad * (len(chosen) / n)
+                    weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
+                seen.nll += part.nll
+                seen.pressure = part.pressure if seen.pressure is None else seen.pressure
+                if self.barrier:
+                    seen.kl.append(part.kl)
+                    for one, fired in zip(chosen, part.fired, strict=True):
+                        (self.open.add if fired else self.open.discard)(self.number[id(one)])
+                        seen.fired += fired
+        if cfg.spectral:
+            (cfg.spectral * lora.operator_norm()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(lora.parameters, cfg.max_grad_norm or math.inf)
+        self._finite(norm)
+        seen.grad.append(float(norm))
+        for parameters in optimiser.param_groups:
+            parameters["lr"] = cfg.lr * schedule(self.step, self.total, cfg.warmup)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def _gradients(self, lora: Lora, seen: Epoch, batch: Sequence[Example]) -> Part:
+        """The mean loss over a batch, and its gradient, which stays apart: a batch that does not fit is begun again."""
+        cfg = self.cfg
+        nll, kl = self._tokens(batch, self.barrier)
+        lengths = [len(one.completion) for one in batch]
+        losses = combine(nll, kl, lengths, cfg.reg, cfg.agg, self.lam, cfg.tau)
+        loss = losses.nll + losses.barrier
+        self._finite(loss.detach())
+        pressure = _pressure(losses, lora) if seen.pressure is None and self.barrier else None
+        grads = torch.autograd.grad(loss, lora.parameters, materialize_grads=True)
+        per_row = [float(one.mean()) for one in nll.detach().split(lengths)]
+        return Part(grads, per_row, kl.detach().cpu(), losses.fired, pressure)
+
+    def _finite(self, value: Tensor | float, what: str = "the loss or its gradient") -> None:
+        if not math.isfinite(found := float(value)):
+            raise Diverged(
+                f"{what} is {found} at step {self.step} of {self.total}",
+                hint="lower --lr or --lam; in float16 use --dtype bfloat16 or float32",
+            )
+
+    @torch.no_grad()
+    def _row(self, epoch: int, seen: Epoch, lora: Lora) -> dict[str, Any]:
+        """One line of the log. What was not measured is null."""
+        kl = torch.cat(seen.kl) if seen.kl else None
+        for weight in lora.parameters:
+            self._finite(weight.abs().max(), "the adapter")
+        held_nll, held_kl = self._held_out()
+        row: dict[str, Any] = {
+            "epoch": epoch,
+            "step": self.step,
+            "nll": mean(seen.nll),
+            **quantiles("kl", kl),
+            "barrier_active": seen.fired / len(self.train) if self.barrier and epoch else None,
+            "pressure": seen.pressure,
+            "grad_norm": mean(seen.grad),
+            "holdout_nll": held_nll,
+            **quantiles("holdout_kl", held_kl),
+            "update_norm": total_norm(lora.norms()),
+            "operator_norm": float(lora.operator_norm()),
+        }
+        for name, value in row.items():
+            self._finite(value or 0.0, name)
+        return row | quantiles("own_kl", None) | {"should": []}
+
+    def _held_out(self) -> tuple[float | None, Tensor | None]:
+        per_row, kls = [], []
+        for chosen, (nll, kl) in self._batched(self.held, partial(self._tokens, divergence=True), "reading held-out"):
+            per_row += [float(one.mean()) for one in nll.split([len(one.completion) for one in chosen])]
+            kls.append(kl.cpu())
+        return mean(per_row), torch.cat(kls) if kls else None
+
+
+def schedule(step: int, total: int, warmup: float) -> float:
+    """Share of the full learning rate at a step: linear warm-up, then a cosine towards zero."""
+    rise = max(1, round(warmup * total))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise + 1) / (total - rise + 1)))
+
+
+def _pressure(losses: Losses, lora: Lora) -> float:
+    """How hard the barrier pulls beside the nll: the ratio of their gradients' norms."""
+    if not any(losses.fired):
+        return 0.0
+    parts = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(part, lora.parameters, retain_graph=True)]).norm()
+        for part in (losses.barrier, losses.nll)
+    ]
+    return float(parts[0] / parts[1].clamp_min(1e-30))
