@@ -27,6 +27,10 @@ results *ARGS:
 cli:
     python -m shl.cli.reference > docs/cli.md
 
+# write the table of architectures in docs/models.md anew
+models:
+    PYTHONPATH=tests python -m matrix
+
 # write the bundled prompt pools anew from the grammar
 pools:
     python -m shl.toy.pools

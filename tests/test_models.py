@@ -13,7 +13,8 @@ from conftest import REFUSING, TEMPLATE, make_tokenizer
 from shl.core.adapters import PREFIX, peft_config, write_adapter
 from shl.core.chat import Chat, fold_system, join_system, with_system
 from shl.core.errors import Mismatch, ShlError
-from shl.core.models import _blocks, find, load, local_digest, parse_layers
+from shl.core.layout import blocks
+from shl.core.models import find, load, local_digest, parse_layers
 from shl.core.provenance import digest_files
 
 USER = [{"role": "user", "content": "Who said so?"}]
@@ -21,7 +22,16 @@ SYSTEM = [{"role": "system", "content": "Be kind."}, *USER]
 
 
 def test_a_missing_path_fails_at_once_with_a_hint():
-    for name in ("./nowhere", "../nowhere", "/nowhere/at/all", "~/nowhere-at-all"):
+    for name in (
+        "./nowhere",
+        "../nowhere",
+        "/nowhere/at/all",
+        "~/nowhere-at-all",
+        "runs/r3/baked",
+        "a model",
+        "",
+        "x/",
+    ):
         with pytest.raises(ShlError, match="no model at") as error:
             find(name)
         assert "hub name" in error.value.hint
@@ -89,9 +99,9 @@ def test_blocks_are_those_of_the_language_model(each):
     assert not each.model.training and not any(p.requires_grad for p in each.model.parameters())
 
 
-def test_an_unknown_layout_names_what_was_looked_for(tiny):
+def test_an_unknown_layout_names_what_was_looked_for():
     with pytest.raises(ShlError, match="cannot find the 4 decoder blocks of Linear") as error:
-        _blocks(nn.Linear(2, 2), tiny().text_config)
+        blocks(nn.Linear(2, 2), 4)
     assert "transformer.h" in error.value.hint
 
 

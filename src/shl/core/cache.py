@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from shl.core.errors import ShlError
 from shl.core.models import Loaded
@@ -81,6 +81,20 @@ def replace_rows(cache: DynamicCache, rows: Tensor, part: DynamicCache) -> None:
             n = min(layer.keys.shape[2], fresh.keys.shape[2])
             layer.keys[rows, :, -n:] = fresh.keys[:, :, -n:]
             layer.values[rows, :, -n:] = fresh.values[:, :, -n:]
+
+
+def keeps_tokens(cache: DynamicCache) -> bool:
+    """Whether all layers hold states of tokens, and none a running state, which cannot be copied out for many rows."""
+    return not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+
+
+def select_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Keep these rows only. Layers with a running state can reorder rows, which leaves out the others as well."""
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            layer.reorder_cache(rows)
+        else:
+            layer.batch_select_indices(rows)
 
 
 def new_cache(loaded: Loaded) -> DynamicCache:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +16,10 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, Any]]
 
-# Some templates print today's date; a fixed one keeps a prompt the same from day to day.
-_FIXED = {"date_string": "26 Jul 2024"}
+# Some templates print today's date, given or asked for; a fixed one keeps a prompt the same from day to day.
+_TODAY = datetime(2024, 7, 26)
+_NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_OPEN, _CLOSE = "<think>", "</think>"
 _PROBE = "zq probe qz"
 
 
@@ -65,11 +69,16 @@ class Chat:
         return _PROBE in text
 
     def render(self, messages: Messages, *, think: bool = False) -> str:
-        """The prompt as text, up to where the assistant's answer begins, or goes on when one is begun."""
+        """The prompt as text, up to where the assistant's answer begins, or goes on when one is begun.
+
+        Without `think` a think span that the template opens in any case is closed again.
+        """
         if self.tokenizer.chat_template is None:
             begun = messages[-1]["role"] == "assistant"
             return "\n".join(m["content"] for m in messages) + ("" if begun else "\n")
-        return self._apply(messages if self.knows_system else fold_system(messages), think)
+        text = self._apply(messages if self.knows_system else fold_system(messages), think)
+        opened = text.rstrip().endswith(_OPEN) and messages[-1]["role"] != "assistant"
+        return f"{text.rstrip()}\n\n{_CLOSE}\n\n" if opened and not think else text
 
     def encode_prompt(self, messages: Messages, *, think: bool = False) -> list[int]:
         """Token ids of the rendered prompt, with the beginning-of-text token exactly once."""
@@ -113,6 +122,14 @@ class Chat:
         """The text of sampled ids; special tokens stay visible, since a model that emits them is broken."""
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+    @cached_property
+    def _dateless(self) -> str | None:
+        """The template with a fixed date where it asks for today's; None where it does not."""
+        template = self.tokenizer.chat_template
+        if not isinstance(template, str) or "strftime_now" not in template:
+            return None
+        return _NOW.sub(lambda asked: json.dumps(_TODAY.strftime(asked[2])), template)
+
     def _apply(self, messages: Messages, think: bool, *, closed: bool = False) -> str:
         begun = messages[-1]["role"] == "assistant"
         try:
@@ -122,7 +139,9 @@ class Chat:
                 add_generation_prompt=not begun,
                 continue_final_message=begun and not closed,
                 enable_thinking=think,
-                **_FIXED,
+                thinking=think,  # what other families call it
+                date_string=f"{_TODAY:%d %b %Y}",
+                chat_template=self._dateless,
             )
         except Exception as error:  # a template may raise anything; it runs in a sandbox, and is a stranger's
             raise ShlError(

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from shl.core.batches import left_pad, positions_of
-from shl.core.cache import DecodeMasks, check_replaceable, new_cache, replace_rows
+from shl.core.cache import DecodeMasks, check_replaceable, new_cache, replace_rows, select_rows
 from shl.core.errors import ShlError
 from shl.core.hooks import Steering
 from shl.core.memory import batched
@@ -217,7 +217,7 @@ class _State:
         if len(self.rows) - len(kept) < max(1, len(self.rows) // 16):
             return tokens
         rows = torch.tensor(kept, device=tokens.device)
-        self.cache.batch_select_indices(rows)
+        select_rows(self.cache, rows)
         self.masks.keep(rows)
         if self.steering is not None:
             self.steering.keep(rows)

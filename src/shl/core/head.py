@@ -96,7 +96,7 @@ class Head:
 
 def final_states(loaded: Loaded, ids: Tensor) -> Tensor:
     """Hidden states behind the last norm, for rows padded on the right."""
-    return loaded.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return loaded.body(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def completion_states(loaded: Loaded, rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:

@@ -155,7 +155,7 @@ class Capture(_Hooks):
         """One forward pass of the model's body; the outputs read, by block."""
         self.outputs = {}
         with suppress(_Enough):
-            self.loaded.model.base_model(**inputs, use_cache=False)
+            self.loaded.body(**inputs, use_cache=False)
         missing = [layer for layer in self.layers if layer not in self.outputs]
         if missing:
             raise ShlError(f"the reading hooks never fired at blocks {missing}")

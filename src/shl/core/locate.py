@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def find(model_id: str, revision: str | None = None) -> ModelRef:
     """Locate a model without loading it: the embedded one, a folder, or a name on the hub."""
     if model_id in EMBEDDED:
         folder = EMBEDDED[model_id]
-    elif model_id.startswith(("/", "./", "../", "~")) or model_id in (".", "..") or os.path.isdir(model_id):
+    elif os.path.isdir(model_id) or not _may_be_on_the_hub(model_id):
         folder = Path(model_id).expanduser()
     else:
         return ModelRef(model_id, model_id, revision)
@@ -43,6 +44,15 @@ def find(model_id: str, revision: str | None = None) -> ModelRef:
         raise ShlError(f"no model at {folder}", hint=_missing_hint(model_id, folder))
     recommended = folder / "shl.json"
     return ModelRef(model_id, str(folder), revision, read_object(recommended) if recommended.is_file() else {})
+
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    """NAME or OWNER/NAME, unless OWNER is a folder here: then a folder inside it was meant, which is missing."""
+    owner = name.rpartition("/")[0]
+    return bool(_HUB_NAME.fullmatch(name)) and not (owner and os.path.isdir(owner))
 
 
 def _missing_hint(model_id: str, folder: Path) -> str:

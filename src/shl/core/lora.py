@@ -14,24 +14,41 @@ from shl.core.errors import ShlError
 from shl.core.models import Loaded, parse_layers
 from shl.core.peft_dir import PREFIX
 
+_EXPERT_NAMES = frozenset(("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3"))
+
+
+def _has_experts(loaded: Loaded) -> bool:
+    """Whether some block keeps the matrices of several experts in one parameter."""
+    parts = [part for block in loaded.blocks for part in block.modules() if not isinstance(part, nn.Conv1d)]
+    return any(parameter.ndim == 3 for part in parts for parameter in part.parameters(recurse=False))
+
 
 def target_modules(loaded: Loaded, layers: str, names: Sequence[str] = ()) -> list[str]:
-    """Paths of the linear maps inside the decoder blocks of a band; `names` keeps those that end in one of them."""
+    """Paths of the linear maps inside the decoder blocks of a band; `names` keeps those that end in one of them.
+
+    Routers, whose output is no hidden state, are left out. Where experts are fused into one parameter, so are
+    the maps of other feed-forward parts, since PEFT takes their names for those of experts.
+    """
     from transformers.pytorch_utils import Conv1D
 
+    taken = _EXPERT_NAMES if _has_experts(loaded) else frozenset()
     paths = {id(module): path for path, module in loaded.model.named_modules()}
     found = [
         f"{paths[id(loaded.blocks[index])]}.{inner}"
         for index in parse_layers(layers, loaded.n_blocks)
         for inner, module in loaded.blocks[index].named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
+        if isinstance(module, nn.Linear | Conv1D) and "Router" not in type(module).__name__
+        if inner.rpartition(".")[2] not in taken
     ]
     if not found:
         raise ShlError(f"{loaded.ref.id} has no linear maps in its blocks {layers}", hint="choose other --layers")
     for name in names:
         if not any(f".{path}".endswith(f".{name}") for path in found):
             leaves = sorted({path.rpartition(".")[2] for path in found})
-            raise ShlError(f"no module of the blocks is called {name!r}", hint=f"choose from {', '.join(leaves)}")
+            why = ", and experts are not adapted" if name in taken else ""
+            raise ShlError(
+                f"no module of the blocks can be adapted as {name!r}{why}", hint=f"choose from {', '.join(leaves)}"
+            )
     return [path for path in found if not names or any(f".{path}".endswith(f".{name}") for name in names)]
 
 
@@ -172,7 +189,10 @@ def injected(loaded: Loaded, config: dict[str, Any], generator: torch.Generator)
     from peft.tuners.lora import LoraLayer
 
     with intact(loaded.model):
-        inject_adapter_in_model(LoraConfig(**{**config, "inference_mode": False}), loaded.model)
+        try:
+            inject_adapter_in_model(LoraConfig(**{**config, "inference_mode": False}), loaded.model)
+        except ValueError as error:  # it refuses some maps of some families
+            raise ShlError(f"PEFT does not adapt this model so: {error}", hint="choose modules with --target") from None
         layers = {p: m for p, m in loaded.model.named_modules() if isinstance(m, LoraLayer)}
         missing = sorted(set(config["target_modules"]) - layers.keys())
         if missing:

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from shl.core import layout
 from shl.core.chat import Chat, Messages
 from shl.core.errors import InputError, Mismatch, ShlError
 from shl.core.locate import ModelRef, find, local_digest, parse_layers
@@ -26,18 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Loaded", "ModelRef", "chain_digests", "find", "load", "local_digest", "parse_layers"]
 
-# Where decoder blocks live, most specific first: nets with a vision tower hold other stacks of the same name.
-_BLOCK_PATHS = (
-    "model.language_model.layers",
-    "language_model.model.layers",
-    "model.layers",
-    "model.decoder.layers",
-    "transformer.h",
-    "transformer.blocks",
-    "gpt_neox.layers",
-    "backbone.layers",
-)
-
 
 @dataclass
 class Loaded:
@@ -51,6 +40,7 @@ class Loaded:
     device: torch.device
     dtype: torch.dtype
     blocks: list[nn.Module] = field(repr=False)
+    blocks_at: str
     text_config: PreTrainedConfig = field(repr=False)
     originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
     head_checked: bool = False
@@ -66,6 +56,11 @@ class Loaded:
     def n_blocks(self) -> int:
         """Number of decoder blocks."""
         return len(self.blocks)
+
+    @property
+    def body(self) -> nn.Module:
+        """The part that holds the blocks and ends with the last norm, before the head."""
+        return self.model.get_submodule(self.blocks_at.rpartition(".")[0])
 
     @property
     def adapters(self) -> list[str]:
@@ -145,17 +140,20 @@ def load(
     ref = find(model_id, revision)
     chain = _chain(adapters, parents)  # before anything heavy, so that a broken chain fails at once
     where, precision = _place(device, dtype)
-    about = _config(ref, trust_remote_code)
-    size = about.get_text_config()
+    source = _source(ref, trust_remote_code)
+    about = _config(ref, source)
+    n_blocks, hidden = layout.sizes(about)
     if vector is not None:  # before a byte of the weights is read, even for their digest
-        vector.check_fit(ref.id, size.num_hidden_layers, size.hidden_size)
-    digest = _digest(ref, about)
+        vector.check_fit(ref.id, n_blocks, hidden)
+    digest = _digest(ref)
     _check_chain(ref, chain, digest, allow_mismatch)
     if vector is not None:
         vector.check_origin(digest, chain_digests(chain), allow_mismatch=allow_mismatch)
-    model, tokenizer = _read(ref, where, precision, trust_remote_code)
-    config = model.config.get_text_config()
-    loaded = Loaded(model, tokenizer, ref, digest, chain, where, precision, _blocks(model, config), config)
+    model, tokenizer = _read(ref, where, precision, source)
+    layout.check_decoder(model)
+    config, (path, blocks) = model.config.get_text_config(), layout.blocks(model, n_blocks)
+    loaded = Loaded(model, tokenizer, ref, digest, chain, where, precision, blocks, path, config)
+    layout.guard_positions(model, loaded.body, config)
     _merge(loaded)
     return loaded
 
@@ -191,27 +189,34 @@ def _place(device: str | None, dtype: str | None) -> tuple[torch.device, torch.d
     return where, known[name]
 
 
-def _config(ref: ModelRef, trust_remote_code: bool) -> PreTrainedConfig:
+def _source(ref: ModelRef, trust_remote_code: bool) -> dict[str, Any]:
+    """How the libraries are to fetch the model's files."""
+    from shl.core.hub import cache_only
+
+    only = ref.local or cache_only(ref)
+    return {"revision": ref.revision, "trust_remote_code": trust_remote_code, "local_files_only": only}
+
+
+def _config(ref: ModelRef, source: dict[str, Any]) -> PreTrainedConfig:
     """What the model is, without its weights."""
     from transformers import AutoConfig
 
     with _told(ref):
-        return AutoConfig.from_pretrained(ref.path, revision=ref.revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(ref.path, **source)
 
 
 def _read(
-    ref: ModelRef, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
+    ref: ModelRef, device: torch.device, dtype: torch.dtype, source: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    common = {"revision": ref.revision, "trust_remote_code": trust_remote_code}
     _refuse_stray_shards(ref)
     with _told(ref):
-        tokenizer = AutoTokenizer.from_pretrained(ref.path, **common)
+        tokenizer = AutoTokenizer.from_pretrained(ref.path, **source)
         model, report = AutoModelForCausalLM.from_pretrained(
-            ref.path, dtype=dtype, use_safetensors=True, output_loading_info=True, **common
+            ref.path, dtype=dtype, use_safetensors=True, output_loading_info=True, **source
         )
     if missing := sorted(report["missing_keys"]):  # the library would go on with random numbers in their place
         raise ShlError(
@@ -254,27 +259,12 @@ def _load_hint(ref: ModelRef) -> str:
     return "check the name and the network (HF_TOKEN for gated models), or give a local folder"
 
 
-def _digest(ref: ModelRef, config: PreTrainedConfig) -> str:
+def _digest(ref: ModelRef) -> str:
+    from shl.core.hub import commit_of
+
     if ref.local:
         return local_digest(Path(ref.path))
-    commit = config._commit_hash
-    return f"{ref.id}@{commit or ref.revision or 'main'}"
-
-
-def _blocks(model: PreTrainedModel, config: PreTrainedConfig) -> list[nn.Module]:
-    from torch import nn
-
-    for path in _BLOCK_PATHS:
-        try:
-            found = model.get_submodule(path)
-        except AttributeError:
-            continue
-        if isinstance(found, nn.ModuleList) and len(found) == config.num_hidden_layers:
-            return list(found)
-    raise ShlError(
-        f"cannot find the {config.num_hidden_layers} decoder blocks of {type(model).__name__}",
-        hint=f"looked for a list of blocks at {', '.join(_BLOCK_PATHS)}",
-    )
+    return f"{ref.id}@{commit_of(ref) or ref.revision or 'main'}"
 
 
 def _check_chain(ref: ModelRef, chain: Sequence[Adapter], digest: str, allow_mismatch: bool) -> None:

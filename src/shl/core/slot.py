@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shl.core.batches import right_pad
-from shl.core.cache import new_cache
+from shl.core.cache import keeps_tokens, new_cache
 from shl.core.console import progress
 from shl.core.decode import Sampling, decode
 from shl.core.errors import ShlError
@@ -108,8 +108,10 @@ def _start(loaded: Loaded, contexts: Sequence[list[int]]) -> tuple[int, DynamicC
     if len(contexts) < 2 or shared < LEAST_SHARED:
         return None
     cache = new_cache(loaded)
+    if not keeps_tokens(cache):
+        return None
     ids = torch.tensor([contexts[0][:shared]], device=loaded.device)
-    loaded.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    loaded.body(input_ids=ids, past_key_values=cache, use_cache=True)
     return shared, cache
 
 
@@ -137,7 +139,7 @@ def _states(
         moved = [[size * (at >= seam) for at in range(ids.shape[1])] for seam, size in gaps]
         positions = positions + torch.tensor(moved, device=loaded.device)
         extra["attention_mask"] = torch.ones_like(ids)  # without one, a jump reads as the start of another text
-    hidden = loaded.model.base_model(input_ids=ids, position_ids=positions, use_cache=cache is not None, **extra)
+    hidden = loaded.body(input_ids=ids, position_ids=positions, use_cache=cache is not None, **extra)
     first = torch.tensor([len(context) - skip - 1 for context in contexts], device=loaded.device)
     columns = first[:, None] + torch.arange(len(slot.prefill) + 1, device=loaded.device)
     return hidden.last_hidden_state[torch.arange(len(ids), device=loaded.device)[:, None], columns]
