@@ -53,3 +53,7 @@ fuzz *ARGS:
 # every command killed, interrupted, starved of disk, raced and cut off: the full counts (about half an hour)
 faults *ARGS:
     PYTHONPATH=tests python -m faults {{ARGS}}
+
+# make of a run folder killed with -9 ten times, then finished: the same files as in peace (about ten minutes)
+kills *ARGS:
+    PYTHONPATH=tests python -m kills {{ARGS}}

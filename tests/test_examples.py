@@ -8,17 +8,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 
-import shl
+import kills
+from shl.new import create
+from small import LENIENT, small_model
 from test_cli_docs import parse
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 BIN = Path(sys.executable).parent
-TOY = Path(shl.__file__).parent / "toy/weights"
-SMALL = {"GEN": "-n 4", "EVAL": "--free 2", "FILTER": "--rel-ppl none --rel-tail-ppl none --rel-nats none"}
+SMALL = {"GEN": "-n 4", "EVAL": "--free 2", "FILTER": LENIENT}
 # a `shl` that writes down how it was called and makes the files that it was told to make; $STOP makes one call fail
 RECORDER = """#!/usr/bin/env bash
 step=$1
@@ -118,16 +120,7 @@ def _tree(folder: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The embedded model, which here recommends to do as little as possible of everything."""
-    folder = shutil.copytree(TOY, tmp_path_factory.mktemp("model") / "small")
-    advice = {
-        "judge": "toy",
-        "vector": {"contexts": 32},
-        "gen": {"coeffs": [0, 0.4, 0.6], "max_new_tokens": 64},
-        "train": {"rank": 4, "epochs": 1, "lr": 0.001},
-        "eval": {"limit": 7, "max_new_tokens": 32, "json_tokens": 8, "competence": False, "bootstrap": 5},
-    }
-    (folder / "shl.json").write_text(json.dumps(advice), encoding="utf-8")
-    return str(folder)
+    return small_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +189,19 @@ def test_loop_py_goes_on_with_more_rounds(small, tmp_path, monkeypatch):
     assert arms == [("base", ""), ("prompted", ""), ("plain", "0"), ("plain", "1")]
     assert (tmp_path / "run/trajectory.png").stat().st_size
     assert len(json.loads((tmp_path / "run/plain/r1/adapter/shl.json").read_text(encoding="utf-8"))["parents"]) == 1
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_killed_twice_leaves_what_the_script_leaves(shell, small, tmp_path):
+    """The sample of `just kills`: make killed with -9, then run again, against the pipe that nothing happened to."""
+    folder = tmp_path / "run"
+    create(folder, "principle", small, rounds=1)
+    (folder / "healed" / "r0").mkdir(parents=True)
+    shutil.copy(shell / "healed/r0/v.safetensors", folder / "healed/r0")
+    given = [*kills.options(small, 1, "healed"), "./healed/r0/adapter/shl.json"]
+    moments = Random()
+    for everything in (False, True):
+        kills.strike(folder, given, moments.uniform(0.5, 5), everything)
+    kills.finish(folder, given)
+    for name in ("keep.jsonl", "rejects.jsonl", "adapter"):
+        assert kills.meaning(folder / "healed/r0" / name) == kills.meaning(shell / "healed/r0" / name), name
