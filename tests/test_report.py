@@ -290,6 +290,43 @@ def test_the_layout_of_shl_new(run: Path) -> None:
     assert "prompts.jsonl" in [one["file"] for one in facts["artifacts"]]
 
 
+def test_the_layout_of_a_pipe(run: Path) -> None:
+    """examples/loop.sh pipes gen into filter: keep.jsonl and rejects.jsonl are its completions, and nothing lacks."""
+    whole = gather(run)
+    for arm in ("healed", "plain"):
+        for turn in range(2):
+            folder = run / arm / f"r{turn}"
+            rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text("utf-8").splitlines()]
+            put_lines(folder / "keep.jsonl", [row for row in shl_filter.annotate(rows) if row["keep"]])
+            put_lines(folder / "rejects.jsonl", [row for row in shl_filter.annotate(rows) if not row["keep"]])
+            (folder / "completions.jsonl").unlink()
+    piped = gather(run)
+    assert piped["notes"] == []
+    assert [one["rows"] for one in piped["drops"]] == [one["rows"] for one in whole["drops"]]
+    said = [sorted((row["id"], row["stage"], row["text"]) for row in facts["says"]) for facts in (piped, whole)]
+    assert said[0] == said[1]
+    (run / "plain" / "r1" / "rejects.jsonl").unlink()
+    assert "plain/r1/completions.jsonl" in told(run)  # the kept ones alone are not all that was said
+
+
+def expects(run: Path, *should: object) -> None:
+    """Write what one training expects into the last row of its log."""
+    log = run / "healed" / "r1" / "adapter" / "log.jsonl"
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    rows[-1] |= {"should": list(should), "own_kl_mean": 0.3}
+    put_lines(log, rows)
+
+
+HOLDS = {"should": "held-out nll falls (1 -> 0.5)", "else": "nothing general is learnt", "holds": True}
+FAILS = {"should": "the barrier <b>fires</b>", "else": "lower --tau\x1b[31m", "holds": False}
+
+
+def test_expectations_are_read_from_the_log(run: Path) -> None:
+    expects(run, HOLDS, 3, {"should": ["x"], "holds": True}, {"should": "x", "holds": "yes"}, FAILS)
+    found = {(one["arm"], one["round"]): one["should"] for one in gather(run)["training"]}
+    assert found["healed", 1] == [HOLDS, FAILS] and found["healed", 0] == []
+
+
 def test_training_and_what_was_said(run: Path) -> None:
     (run / "healed" / "r0" / "train.log").write_text("step 1\nSHOULD: held-out nll falls ELSE \x1b[31mlook\nbye\n")
     facts = gather(run)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from shl.report import gather, write_report
-from test_report import PROMPTS, answer, build, evaluation, put, put_lines
+from test_report import FAILS, HOLDS, PROMPTS, answer, build, evaluation, expects, put, put_lines
 
 WIDE = {"width": 1200, "height": 900}
 NARROW = {"width": 380, "height": 800}
@@ -124,6 +124,19 @@ def test_hover_and_arrow_keys_show_details(run: Path, show: Any) -> None:
     assert tip.is_hidden()
 
 
+def test_expectations_that_do_not_hold_are_told_first(run: Path, show: Any) -> None:
+    assert show(run).locator("#should").count() == 0
+    expects(run, HOLDS, FAILS)
+    page = show(run)
+    told = page.locator("#should").inner_text()
+    assert "1 of 2 expectations hold" in told and "✕ healed r1 the barrier <b>fires</b>" in told
+    assert "It is not so: lower --tau␛[31m" in told and "held-out nll falls" not in told  # folded
+    page.locator("#should summary").click()
+    assert "✓ healed r1 held-out nll falls" in page.locator("#should").inner_text()
+    row = page.locator("#training tbody tr").filter(has_text="healed r1").inner_text()
+    assert "0.3 / –" in row and page.locator("#training thead th").count() == len(row.split("\t"))
+
+
 def test_what_models_say_is_text_and_its_controls_are_seen(run: Path, show: Any) -> None:
     page = show(run)
     page.locator("#by-search").fill("window.hacked")
@@ -168,7 +181,9 @@ def test_values_of_the_wrong_type_are_left_out(tmp_path: Path, show: Any) -> Non
     odd: dict[str, Any] = {"": {"": []}}
     adapter = run / "healed" / "r0" / "adapter"
     put(adapter / "shl.json", dict.fromkeys(("config", "parents", "vectors", "argv", "created", "n_train"), odd))
-    put_lines(adapter / "log.jsonl", [{"epoch": odd, "nll": odd}, {"epoch": 1, "nll": "1"}, {"step": [1]}])
+    put_lines(
+        adapter / "log.jsonl", [{"epoch": odd, "nll": odd}, {"epoch": 1, "nll": "1"}, {"step": [1], "should": odd}]
+    )
     put(run / "base.json", evaluation(0.2, -2.0, 0.0, settings={"split": odd}, ci=odd, missing=odd, profile={}))
     record = answer(0, "odd", 1.0) | {"scores": {"ppl": None, "mine": odd}, "judge": {"stance": odd, "broken": odd}}
     put_lines(run / "base.samples.jsonl", [record, answer(1, "", 1.0) | {"judge": [odd]}])

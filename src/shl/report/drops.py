@@ -33,7 +33,8 @@ def read_filtered(one: Round, notes: Notes) -> Filtered | None:
         return None if said is None else Filtered(said, None, "")
     marked = [*kept, *(rejected or ())]
     judged = {row["id"]: _reasons(row) for row in kept} | {r["id"]: _reasons(r, dropped=True) for r in rejected or ()}
-    records = marked if said is None else said
+    # of a pipe there is only what the filter wrote: kept ones first, so put in the order of the doses again
+    records = sorted(marked, key=lambda row: row.get("coeff") or 0.0) if said is None else said
     unknown = [row for row in records if row["id"] not in judged]
     if not unknown:
         return Filtered(records, judged, f"reasons from {'rejects.jsonl' if rejected else 'keep.jsonl'}")

@@ -80,7 +80,8 @@ def _missing(root: Path, found: list[Round], notes: Notes) -> None:
                 _lacks(root / part, part, notes)
                 break
     for one in found:
-        gap = next((part for part in _EXPECTED if not (one.folder / part).exists()), None)
+        piped = ("completions.jsonl",) if one.said else ()  # a pipe leaves what its filter wrote, which is as much
+        gap = next((part for part in _EXPECTED if part not in piped and not (one.folder / part).exists()), None)
         if gap is not None:
             _lacks(one.folder / gap, gap, notes)
         if (one.folder / "adapter").is_dir() and not (one.folder / "adapter" / "log.jsonl").is_file():

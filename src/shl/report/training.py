@@ -13,7 +13,7 @@ from shl.report.words import number, text
 TOLD = ("SHOULD:", "shl: warning:")  # what is worth repeating from a log of what the commands said
 _LONGEST, _MOST = 400, 200  # characters of a line, lines of a log
 CURVES = ("epoch", "step", "nll", "holdout_nll", "kl_p95", "holdout_kl_p95", "holdout_kl_max", "barrier_active",
-          "pressure", "grad_norm", "update_norm")  # fmt: skip
+          "pressure", "grad_norm", "update_norm", "holdout_kl_mean", "own_kl_mean")  # fmt: skip
 OPTIONS = ("lam", "tau", "rank", "lr")
 
 
@@ -32,8 +32,19 @@ def read_training(one: Round, notes: Notes) -> dict[str, Any] | None:
         "options": {name: number(config.get(name)) for name in OPTIONS},
         "n_train": number(header.get("n_train")),
         "n_holdout": number(header.get("n_holdout")),
+        "should": _should(log),
         "log": [{name: number(row.get(name)) for name in CURVES} for row in log],
     }
+
+
+def _should(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What should be so after this training, whether it is, and what else is the case: told in the log's last row."""
+    told = log[-1].get("should") if log else None
+    return [
+        {"should": one["should"], "else": text(one.get("else")) or "", "holds": one["holds"]}
+        for one in (told if isinstance(told, list) else ())
+        if isinstance(one, dict) and isinstance(one.get("should"), str) and isinstance(one.get("holds"), bool)
+    ]
 
 
 def read_told(root: Path, rounds: list[Round], notes: Notes) -> list[dict[str, Any]]:

@@ -81,6 +81,7 @@ function training() {
     "The loss is nll + lam \u00b7 relu(divergence \u2212 tau). Each stretch is one round, epoch by epoch.",
     gallery(plots, "There is no training log."),
     diagnoses(),
+    expected(),
     told(),
   );
 }
@@ -146,6 +147,15 @@ function diagnoses() {
       help: "of a position, before training: 0 when the reference is the model that training starts from",
       number: true,
     },
+    ...(data.training.some((one) => one.log.some((row) => !missing(row.own_kl_mean)))
+      ? [
+          {
+            label: "KL own / held out",
+            help: "mean nats at a position of the model's own answers, and of the held-out ones",
+            number: true,
+          },
+        ]
+      : []),
     { label: "update norm", help: "Frobenius norm of the whole change", number: true },
   ];
   const rows = data.training.map((one) => {
@@ -176,11 +186,44 @@ function diagnoses() {
         ),
         written(end.pressure),
         written(first.holdout_kl_max),
+        columns.length > 12 ? `${written(end.own_kl_mean)} / ${written(end.holdout_kl_mean)}` : null,
         written(end.update_norm),
-      ],
+      ].filter((cell) => cell !== null),
     };
   });
   return el("div", {}, el("h3", {}, "Diagnostics"), table("Training diagnostics", columns, rows));
+}
+
+// What a healthy training shows, checked by the training itself: what does not hold is told first and in full.
+function expected() {
+  const all = data.training.flatMap((one) => one.should.map((line) => ({ ...line, one })));
+  if (!all.length) return null;
+  const failed = all.filter((line) => !line.holds);
+  const item = (line) =>
+    el(
+      "li",
+      { class: line.holds ? "" : "bad" },
+      el("strong", {}, visible(`${line.holds ? "\u2713" : "\u2715"} ${line.one.arm} ${roundName(line.one.round)} `)),
+      visible(line.should),
+      line.holds ? null : el("div", {}, "It is not so: ", visible(line.else)),
+    );
+  return el(
+    "div",
+    { id: "should" },
+    el("h3", {}, "What should hold"),
+    el(
+      "p",
+      { class: "quiet" },
+      `${all.length - failed.length} of ${all.length} expectations hold` + (failed.length ? "; these do not:" : "."),
+    ),
+    failed.length ? el("ul", { class: "told" }, failed.map(item)) : null,
+    el(
+      "details",
+      { class: "print" },
+      el("summary", {}, "Those that hold"),
+      el("ul", { class: "told" }, all.filter((line) => line.holds).map(item)),
+    ),
+  );
 }
 
 function told() {
