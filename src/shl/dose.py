@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from shl.core.console import progress
+from shl.core.console import note, progress
 from shl.core.decode import Sampling, decode
 from shl.core.defaults import DoseConfig, FilterConfig, GenConfig
 from shl.core.errors import BelowGate, ShlError
@@ -70,8 +70,9 @@ def by_kl(
     with progress("searching the dose", None) as bar:
         while high - low > 0.01 * high:
             middle = (low + high) / 2
-            low, high = (middle, high) if probe.kl(middle) < target else (low, middle)
-            bar.advance(coeff=middle)
+            reached = probe.kl(middle)
+            low, high = (middle, high) if reached < target else (low, middle)
+            bar.advance(coefficient=middle, KL=reached, between=f"{low:.3g} and {high:.3g}")
     return Dose(high, probe.kl(high), sorted(set(probe.readings)), [])
 
 
@@ -149,6 +150,7 @@ def by_survival(
         shares, survivors = _survival(loaded, vector, prompts, grid, cfg, filter_cfg or FilterConfig())
         readings |= shares
         bank += survivors
+        note("survive: " + ", ".join(f"{coeff:.3g} {share:.0%}" for coeff, share in sorted(shares.items())))
         alive = [coeff for coeff in sorted(readings) if readings[coeff] >= target]
         if not alive:
             low = min(readings)

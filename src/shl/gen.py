@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any, NamedTuple
 
 from shl.core.chat import Messages, join_system, with_system
-from shl.core.console import progress
+from shl.core.console import Rate, progress
 from shl.core.decode import Completion, Sampling, decode
 from shl.core.defaults import GenConfig
 from shl.core.errors import ShlError
@@ -70,8 +70,11 @@ def generate(
     *,
     start: int = 0,
     allow_mismatch: bool = False,
+    watch: Callable[[dict[str, Any]], Mapping[str, object]] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Completion records in order, leaving out the first `start`.
+
+    `watch` sees each record and says what stands behind the progress bar.
 
     Records are decoded in fixed blocks, so that a run taken up at any record repeats its block and gives the same
     texts. Scores are those of the base model, without chain and steering, for the prompt without the persona.
@@ -93,14 +96,18 @@ def generate(
     skipped = start // size * size
     todo = islice(rows(prompts, cfg, coeffs), skipped, None)
     total = count(len(prompts), cfg, vector is not None)
+    rate = Rate()
     with progress("generating", max(0, total - skipped)) as bar:
         while block := list(islice(todo, size)):
-            done = _decode(loaded, block, cfg, vector, lambda i, completion: bar.advance())
+            done = _decode(loaded, block, cfg, vector, lambda _, said: bar.advance(**rate.count(said.n_tokens)))
             texts = [completion.text for completion in done]
             scores = score(loaded, [row.messages for row in block], texts, cfg.batch_size) if cfg.score else None
             for i, (row, completion) in enumerate(zip(block, done, strict=True)):
+                record = _record(row, completion, cfg, facts, scores[i] if scores else {})
+                if watch is not None:
+                    bar.advance(0, **watch(record))
                 if skipped + i >= start:
-                    yield _record(row, completion, cfg, facts, scores[i] if scores else {})
+                    yield record
             skipped += len(block)
 
 

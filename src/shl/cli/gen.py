@@ -25,6 +25,7 @@ from shl.cli.common import (
     usage,
     vector_header,
 )
+from shl.cli.live import Survival
 from shl.core import console, files, records
 from shl.core.defaults import DoseConfig, GenConfig
 from shl.core.errors import ShlError
@@ -211,7 +212,8 @@ def command(
             probe = settle(DoseConfig, {"seed": cfg.seed}, "dose", ref)
             found = _begun(target) or _search(loaded, vector, asked, aim, probe)
             chosen = replace(cfg, coeffs=(0.0, found))
-        return generate(loaded, asked, chosen, vector, start=start, allow_mismatch=bool(allow_mismatch))
+        watch = Survival() if console.live() else None
+        return generate(loaded, asked, chosen, vector, start=start, allow_mismatch=bool(allow_mismatch), watch=watch)
 
     _write(sampled, target)
 

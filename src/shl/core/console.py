@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
@@ -70,6 +71,11 @@ def detail(message: str) -> None:
         say(message)
 
 
+def live() -> bool:
+    """Whether somebody watches: progress is shown on a terminal, unless -q."""
+    return not _Level.quiet and sys.stderr.isatty()
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> None:
     """Show a table on stderr; the caption explains its columns."""
     if _Level.quiet:
@@ -100,7 +106,7 @@ def _grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
 @contextmanager
 def watch(title: str, columns: Sequence[str], total: int) -> Iterator[Watch]:
     """A table that grows row by row over a progress bar, on a terminal; nothing of it stays, so print it at the end."""
-    if _Level.quiet or not sys.stderr.isatty():
+    if not live():
         yield Watch(_Silent(total))
         return
     from rich.console import Console, Group
@@ -136,7 +142,7 @@ class Watch:
 @contextmanager
 def progress(description: str, total: int | None = None) -> Iterator[Progress]:
     """A progress bar on stderr while the block runs; silent with -q or when stderr is not a terminal."""
-    if _Level.quiet or not sys.stderr.isatty():
+    if not live():
         yield _Silent(total)
         return
     from rich.console import Console
@@ -152,12 +158,24 @@ def _bar_columns() -> tuple[ProgressColumn, ...]:
 
     return (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=20),  # what is said behind it matters more
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[shown]}"),
+        TextColumn("{task.fields[shown]}", markup=False),
     )
+
+
+class Rate:
+    """Tokens a second since it was made."""
+
+    def __init__(self) -> None:
+        self.begun, self.tokens = time.monotonic(), 0
+
+    def count(self, tokens: int) -> dict[str, Any]:
+        """Add some tokens; what a progress bar shows of it."""
+        self.tokens += tokens
+        return {"tokens/s": self.tokens / max(time.monotonic() - self.begun, 1e-9)}
 
 
 def _cell(value: object) -> str:
@@ -182,6 +200,7 @@ class _Shown:
 
     def __init__(self, bars, task, total: int | None) -> None:  # type: ignore[no-untyped-def]
         self._bars, self._task, self._total = bars, task, total
+        self._fields: dict[str, object] = {}
 
     @property
     def total(self) -> int | None:
@@ -193,6 +212,7 @@ class _Shown:
         self._bars.update(self._task, total=value)
 
     def advance(self, n: int = 1, **fields: object) -> None:
-        """Move on by n, and show the fields, such as a loss, behind the bar."""
-        shown = " ".join(f"{name} {_cell(value)}" for name, value in fields.items())
-        self._bars.update(self._task, advance=n, **({"shown": shown} if fields else {}))
+        """Move on by n, and show the fields, such as a loss, behind the bar until they change."""
+        self._fields |= fields
+        shown = "  ".join(f"{name.replace('_', ' ')} {_cell(value)}" for name, value in self._fields.items())
+        self._bars.update(self._task, advance=n, shown=shown)
