@@ -78,9 +78,35 @@ class TestBoundary:
 
     def test_a_user_error_has_a_hint_and_no_traceback(self, shl):
         done = shl("filter", "nope.jsonl")
-        assert (done.code, done.out, done.err) == (1, "", "shl: error: nope.jsonl: no such file\n")
+        assert (done.code, done.out) == (1, "")
+        assert done.err.startswith("shl: error: nope.jsonl: no such file\nhint: check the path")
         done = shl("results", "nope.tsv")
         assert "\nhint: add rows with: shl eval --append nope.tsv\n" in done.err
+
+    @pytest.mark.parametrize(
+        ("argv", "said"),
+        [
+            (("gen", "--vec", "."), "is a directory, not a vector"),
+            (("gen", "--device", "cuda:99", "-n", "1"), "there is no device cuda:99"),
+            (("filter", "nope.jsonl"), "no such file"),
+            (("filter", "."), "is a directory"),
+            (("info", "nope"), "check the path"),
+            (("new", "."), "choose another name"),
+            (("eval", "--append", "."), "is a folder, not a ledger"),
+            (("results", __file__), "columns: "),
+        ],
+    )
+    def test_every_mistake_has_its_next_step(self, shl, tmp_path, monkeypatch, argv, said):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "mine").write_text("mine")
+        done = shl(*argv)
+        assert done.code == 1 and said in done.err and "\nhint: " in done.err and not done.out, done.err
+        assert len(done.err) < 1500 and "Traceback" not in done.err
+
+    def test_nothing_to_filter_is_said(self, shl, tmp_path):
+        (tmp_path / "none.jsonl").write_text("")
+        done = shl("filter", tmp_path / "none.jsonl")
+        assert done.code == 3 and "there are no records to filter" in done.err and not done.out
 
     def test_debug_shows_the_traceback(self, shl, monkeypatch):
         monkeypatch.setenv("SHL_DEBUG", "1")
@@ -101,6 +127,13 @@ class TestBoundary:
             ("eval", "--coeff", "1"),
             ("eval", "--label", "arm"),
             ("bake", "a", "-o", "b", "--as", "gguf"),
+            ("gen", "--model", ""),  # of a variable that is not set: another model would be no help
+            ("gen", "--coeff", "0,nan"),
+            ("filter", "x", "--max-ppl", "nan"),  # every comparison with which is false
+            ("filter", "x", "--rel-ppl", "inf"),
+            ("train", "x", "-o", "y", "--alpha", "nan"),
+            ("eval", "--vec", "v.safetensors", "--coeff", "inf"),
+            ("dose", "--vec", "v.safetensors", "--target-kl", "inf"),
         ],
     )
     def test_wrong_usage_is_2(self, shl, argv):

@@ -185,7 +185,8 @@ class TestMismatch:
         assert code == 0, err
         assert len(json.loads((tmp_path / "r0" / META).read_text())["vectors"]) == 2
 
-    def test_a_baseline_measured_otherwise(self, shl, tiny, tmp_path):
+    def test_a_baseline_measured_otherwise(self, shl, tiny, tmp_path, monkeypatch):
+        monkeypatch.setattr("shl.eval.evaluate", lambda *a, **k: pytest.fail("measured for nothing"))
         (tmp_path / "base.json").write_text(json.dumps(evaluation()))
         code, _, err = shl("eval", "--model", tiny().ref.id, *BRIEF, "--baseline", "base.json", "-o", "e.json")
         assert code == 1 and "the two evaluations differ in" in err and not (tmp_path / "e.json").exists()

@@ -7,7 +7,7 @@ answers, which are taken under the base model, is measured with the chain, the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -20,12 +20,12 @@ from shl.core.free import Judge, Metrics, Question, Row, measure_free, measure_q
 from shl.core.hooks import Steering
 from shl.core.models import Loaded
 from shl.core.provenance import digest_file
-from shl.core.verdict import coherence, compare, gate, verdict
+from shl.core.verdict import coherence, compare, gate, refuse_other, verdict
 
 if TYPE_CHECKING:
     from shl.vector import Vector
 
-__all__ = ["coherence", "compare", "evaluate", "gate", "verdict"]
+__all__ = ["coherence", "compare", "evaluate", "gate", "refuse_incomparable", "verdict"]
 
 _DEFAULTS = EvalConfig()
 
@@ -115,6 +115,15 @@ def _settings(cfg: EvalConfig, judge_model: Loaded | None) -> dict[str, Any]:
     if judge_model is not None:
         values["judge_model"] = judge_model.digest
     return values | {"axes": list(cfg.axes)}
+
+
+def refuse_incomparable(
+    loaded: Loaded, cfg: EvalConfig, judge_model: Loaded | None, *others: Mapping[str, Any] | None
+) -> None:
+    """Fail before an evaluation, not after it, where it would not compare with another one."""
+    settings = _settings(suites.settled(cfg), judge_model)
+    for other in others:
+        refuse_other({"suite": cfg.suite, "model_digest": loaded.digest, "settings": settings}, other)
 
 
 def _judge(loaded: Loaded) -> Judge | None:

@@ -113,6 +113,10 @@ class Tally:
 
     def require(self, min_keep: int) -> None:
         """Raise (exit code 3) when fewer rows than asked for were kept."""
+        if min_keep and not self.read.total():
+            raise BelowGate(
+                "there are no records to filter", hint="look at what the command before said, or name a file of records"
+            )
         if (kept := self.kept.total()) < min_keep:
             common = ", ".join(f"{reason} {count}" for reason, count in self.by_reason.most_common(3))
             raise BelowGate(

@@ -34,7 +34,7 @@ def describe(path: Path | str) -> Facts:
     """The facts about an artifact; `kind` says what it is."""
     path = Path(path)
     if not path.exists():
-        raise InputError("no such file or folder", where=str(path))
+        raise InputError("no such file or folder", where=str(path), hint="check the path")
     facts = _folder(path) if path.is_dir() else _file(path)
     return {"path": str(path), **facts}
 

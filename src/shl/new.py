@@ -23,6 +23,8 @@ def create(folder: Path | str, persona: str = "authority", model: str = "toy", r
     values = {"MODEL": model, "PERSONA": chosen.name, "AXIS": chosen.axis, "ROUNDS": str(rounds)}
     if any(set(value) & set("#$\n") for value in values.values()):
         raise ShlError(f"{model!r} cannot stand in a Makefile", hint="export SHL_MODEL instead of --model")
+    if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
+        raise ShlError(f"{folder} exists already", hint="choose another name, or remove it yourself")
     with atomic_dir(Path(folder)) as new:
         for name in FILES:
             text = pools.data("run", name).read_text(encoding="utf-8")

@@ -105,10 +105,15 @@ def _load(path: Path) -> tuple[list[str], list[list[str]]]:
     return _split(path)
 
 
-def _split(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Columns, and the raw cells of each line; every line has a cell for every column, as it was written."""
+def _split(path: Path, torn: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Columns, and the raw cells of each line; every line has a cell for every column, as it was written.
+
+    With `torn` a last line without its end is left out, since appending mends it.
+    """
     parts = []
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if torn and b"\n" in data:
+        data = data[: data.rindex(b"\n") + 1]
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), 1):
         if b"\0" in line:
             raise InputError("holds NUL, so it is damaged", where=f"{path}:{number}", hint=_OWN)
@@ -139,6 +144,15 @@ def _mend(path: Path) -> None:
         if whole:
             handle.seek(0, os.SEEK_END)
             handle.write(b"\n")
+
+
+def refuse_unfit(path: Path | str) -> None:
+    """Fail early where a row could not be added: before an evaluation, not after it."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError("is a folder, not a ledger", where=str(path), hint="name a file: --append results.tsv")
+    if path.is_file() and path.stat().st_size:
+        _split(path, torn=True)
 
 
 def read_rows(path: Path | str) -> list[Row]:
@@ -210,10 +224,16 @@ def markdown(rows: Sequence[Row], by: Sequence[str] = ("arm",), metrics: Sequenc
     known = {name for row in rows for name in row}
     for name in (*by, *(metrics if metrics is not METRICS else ())):
         if name not in known:
-            raise InputError(f"no column {name!r}", where="results", hint=f"columns: {', '.join(sorted(known))}")
+            raise InputError(f"no column {name!r}", where="results", hint=f"columns: {_listed(known)}")
     shown = [name for name in metrics if any(row.get(name) for row in rows)]
     parts = [_section(key, groups, by, shown) for key, groups in group(rows, by).items()]
     return "\n".join(parts)
+
+
+def _listed(names: Iterable[str], most: int = 600) -> str:
+    """Names for a hint; what is no ledger has names of any length."""
+    text = ", ".join(sorted(names))
+    return text if len(text) <= most else text[:most] + " …"
 
 
 def _section(

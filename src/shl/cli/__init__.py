@@ -18,6 +18,7 @@ import typer
 
 from shl import __version__
 from shl.cli import bake, dose, eval, export, filter, gen, info, new, plot, report, results, score, train, vector
+from shl.cli.common import finite
 from shl.core.console import say
 from shl.core.errors import ShlError
 from shl.core.memory import ran_out
@@ -33,7 +34,7 @@ app = typer.Typer(
 )
 
 for _step in (vector, gen, filter, train, bake, eval, dose, score, results, plot, report, info, export, new):
-    app.command(name=_step.NAME, epilog=_step.EXAMPLES, no_args_is_help=_step.NEEDS_ARGUMENTS)(_step.command)
+    app.command(name=_step.NAME, epilog=_step.EXAMPLES, no_args_is_help=_step.NEEDS_ARGUMENTS)(finite(_step.command))
 
 
 def _version(asked: bool) -> None:
@@ -104,6 +105,9 @@ _DISK = {
     errno.EFBIG: "files may not grow this large here (ulimit -f); choose another -o",
     errno.EROFS: "choose an -o in a place that can be written",
     errno.EACCES: "choose an -o in a place that you may write, and check that you may read the input",
+    errno.ENOENT: "check the path",
+    errno.EISDIR: "name a file",
+    errno.ENOTDIR: "check the path: a part of it is a file",
     errno.EIO: "the disk reports a fault; copy what you need elsewhere, and choose another -o",
 }
 
@@ -133,9 +137,14 @@ def _explain(error: Exception) -> tuple[str, str, int]:
     if isinstance(error, ShlError):
         return error.message, error.hint, error.code
     if ran_out(error):
-        return "out of memory", "make --batch-size smaller, or use --dtype bfloat16", 1
+        return (
+            "out of memory",
+            "use --dtype bfloat16, a smaller --batch-size or --rank, or a device with more memory",
+            1,
+        )
     if isinstance(error, OSError):
-        return str(error), _DISK.get(error.errno or 0, "set SHL_DEBUG=1 to see where"), 1
+        reason = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        return reason, _DISK.get(error.errno or 0, "set SHL_DEBUG=1 to see where"), 1
     if native := re.search(r"\(os error (\d+)\)", str(error)):  # an OSError of safetensors or tokenizers
         return str(error), _DISK.get(int(native[1]), "set SHL_DEBUG=1 to see where"), 1
     return "", "", 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -91,6 +93,8 @@ def find_model(where: Where, artifact: Mapping[str, Any] | None = None) -> Model
     """The model by precedence: flag, the input artifact, SHL_MODEL, toy. Loads nothing."""
     from shl.core.locate import EMBEDDED, find
 
+    if where.model == "":  # most likely a variable of the shell that is not set; the default would be another model
+        raise usage("names no model", "--model")
     if artifact is None and (chain := chain_given(where.adapters)):
         artifact = adapter_header(chain[-1])
     made_for = artifact.get("model") if artifact else None
@@ -193,12 +197,28 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def finite(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes neither NaN nor infinity for a number: no comparison with them would tell anything."""
+
+    @functools.wraps(command)
+    def checked(**given: Any) -> None:
+        for name, value in given.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise usage(f"{value} is no number to compute with", "--" + name.strip("_").replace("_", "-"))
+        command(**given)
+
+    return checked
+
+
 def numbers(text: str | None, flag: str) -> tuple[float, ...] | None:
     """A list of numbers such as 0,0.5,1."""
     if text is None:
         return None
     try:
-        return tuple(float(part) for part in text.split(","))
+        found = tuple(float(part) for part in text.split(","))
+        if not all(map(math.isfinite, found)):
+            raise ValueError
+        return found
     except ValueError:
         raise usage(f"{text!r} is not a list of numbers such as 0,0.5,1", flag) from None
 
@@ -210,7 +230,9 @@ def limit(text: str | None, flag: str) -> Any:
     if text.lower() == "none":
         return OFF
     try:
-        return float(text)
+        if math.isfinite(found := float(text)):
+            return found
+        raise ValueError
     except ValueError:
         raise usage(f"{text!r} is neither a number nor 'none'", flag) from None
 

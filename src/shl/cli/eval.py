@@ -146,6 +146,10 @@ def command(
     for written in (out, per_row):
         if written is not None and str(written) != "-":
             files.refuse_existing(written, bool(force))
+    if append is not None:
+        from shl.results import refuse_unfit
+
+        refuse_unfit(append)
     base, steps, asked = (read_evaluation(path) if path is not None else None for path in (baseline, steered, prompted))
     where = Where(model, revision, adapter, no_parents, allow_mismatch, trust_remote_code, device, dtype)
     artifact = vector_header(vec) if vec is not None else None
@@ -161,12 +165,13 @@ def command(
         from shl import controls, results
         from shl.core import models, suites
         from shl.core.vectors import Vector
-        from shl.eval import compare, evaluate, gate
+        from shl.eval import compare, evaluate, gate, refuse_incomparable
 
         suites.find(cfg.suite)  # before anything is loaded
         vector, taught = (Vector.load(path) if path is not None else None for path in (vec, teacher))
         loaded = load_model(where, ref, artifact, vector)
         judge = models.load(judge_model, device=device, dtype=dtype) if judge_model is not None else None
+        refuse_incomparable(loaded, cfg, judge, base, steps, asked)
 
         def measure(pushed: Vector | None = vector) -> dict[str, Any]:
             found = evaluate(

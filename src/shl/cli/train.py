@@ -146,11 +146,13 @@ def _origin(rows: list[dict[str, Any]], allow_mismatch: bool) -> dict[str, Any]:
     """The model and chain that the records were sampled from: one for all of them, and one vector."""
     found: dict[str, Any] = {}
     for name in ("model", "adapters", "vector"):
-        values = [row[name] for row in rows if row.get(name) is not None]
-        if any(value != values[0] for value in values) and not allow_mismatch:
+        named = [row for row in rows if row.get(name) is not None]
+        other = next((row for row in named if row[name] != named[0][name]), None)
+        if other and not allow_mismatch:
             raise Mismatch(
-                f"the records come from different {_PLURAL[name]}", hint="train on one at a time, or --allow-mismatch"
+                f"the records come from different {_PLURAL[name]}: {other['id']} has another one than {named[0]['id']}",
+                hint="train on one at a time, or insist with --allow-mismatch",
             )
-        if values and name != "vector":
-            found[name] = values[0]
+        if named and name != "vector":
+            found[name] = named[0][name]
     return found

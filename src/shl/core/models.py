@@ -182,6 +182,12 @@ def _place(device: str | None, dtype: str | None) -> tuple[torch.device, torch.d
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise ShlError(f"unknown device {device!r}", hint="use cpu, cuda or cuda:1") from None
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (where.index or 0) >= there.get(where.type, 1):
+        raise ShlError(
+            f"there is no device {device}: PyTorch sees {there[where.type]} of that kind",
+            hint="leave --device out, or install the PyTorch build for your GPU",
+        )
     name = dtype or ("bfloat16" if where.type == "cuda" else "float32")
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:

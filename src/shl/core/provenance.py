@@ -156,9 +156,9 @@ def _check_extent(path: Path, tensors: Mapping[str, TensorInfo], start: int, siz
 def read_header(path: Path | str) -> dict[str, Any]:
     """The shl header of a vector, checked: types of what code relies on, blocks, and the digest that it records."""
     if not Path(path).is_file():
-        raise InputError(
-            "no such vector", where=str(path), hint="make one with: shl vector --persona authority -o v.safetensors"
-        )
+        what = "is a directory, not a vector" if Path(path).is_dir() else "no such vector"
+        hint = "make one with: shl vector --persona authority -o v.safetensors"
+        raise InputError(what, where=str(path), hint=hint)
     tensors, metadata = read_safetensors(path)
     if KEY not in metadata:
         raise InputError(

@@ -325,9 +325,9 @@ def _open(source: Source) -> Iterator[tuple[str, Iterable[bytes | str]]]:
         yield name, _bounded(name, sys.stdin.buffer)
     elif isinstance(source, Path | str):
         if not Path(source).exists():
-            raise InputError("no such file", where=name, hint="")
+            raise InputError("no such file", where=name, hint="check the path; - reads what comes through a pipe")
         if Path(source).is_dir():
-            raise InputError("is a directory, not a file", where=name)
+            raise InputError("is a directory, not a file", where=name, hint="name a file in it")
         with open(source, "rb") as handle:
             yield name, _bounded(name, handle)
     else:

@@ -95,7 +95,7 @@ class Vector:
                 raise Mismatch(
                     f"the vector has {v.numel()} numbers for block {layer}; "
                     f"{model} has {n_blocks} blocks of width {hidden}",
-                    hint="leave --model out, since the vector brings its own, or make a vector for this one",
+                    hint="name the model that it was made for with --model, or make a vector for this one",
                 )
 
     def check_origin(
@@ -111,7 +111,7 @@ class Vector:
             if name in self.meta and self.meta[name] != value:
                 raise Mismatch(
                     f"the vector was made for another {what}: {_short(self.meta[name])}, not {_short(value)}",
-                    hint="leave --model and --adapter out, since the vector brings them, or add --allow-mismatch",
+                    hint="shl info tells what it was made for: use that, or insist with --allow-mismatch",
                 )
 
     def random_like(self, seed: int) -> Vector:

@@ -47,7 +47,7 @@ def compare(
     of the prompted model, a shift far beyond the prompt's at falling informedness is called collapsed.
     """
     for other in (baseline, steered, prompted):
-        _comparable(result, other)
+        refuse_other(result, other)
     delta = difference(result["metrics"], baseline["metrics"])
     said = verdict(result, baseline, prompted)
     out = {**result, "delta": delta, "ratios": ratios(result, baseline, target, said), "verdict": said}
@@ -57,12 +57,12 @@ def compare(
     return out
 
 
-def _comparable(result: Mapping[str, Any], other: Mapping[str, Any] | None) -> None:
-    """Only rows measured the same way on the same model have differences."""
+def refuse_other(result: Mapping[str, Any], other: Mapping[str, Any] | None) -> None:
+    """Only rows measured the same way on the same model have differences. What `result` does not say is not asked."""
     for name in ("suite", "model_digest", "settings", "n") if other is not None else ():
-        if result.get(name) != (theirs := other.get(name)):  # type: ignore[union-attr]
+        if name in result and result[name] != (theirs := other.get(name)):  # type: ignore[union-attr]
             raise Mismatch(
-                f"the two evaluations differ in {name}: {result.get(name)} and {theirs}",
+                f"the two evaluations differ in {name}: {result[name]} and {theirs}",
                 hint="measure the baseline again with the same options: shl eval -o base.json",
             )
 
