@@ -30,12 +30,13 @@ def test_cells_round_trip_on_one_line(text):
 def test_a_ledger_that_cannot_take_a_row_is_told_before_the_work(tmp_path):
     path = tmp_path / "r.tsv"
     results.refuse_unfit(path)
-    results.append_row(path, {"a": 1, "b": 2})
+    results.append_row(path, {"arm": 1, "b": 2})
     with open(path, "a") as handle:
         handle.write("torn")  # appending mends it
     results.refuse_unfit(path)
-    path.write_text("a\tb\n1\n2\t3\n")
-    for unfit in (tmp_path, path):
+    path.write_text("arm\tb\n1\n2\t3\n")
+    (tmp_path / "keep.jsonl").write_text('{"id": "a"}\n')  # would be a ledger of one column, and be rewritten
+    for unfit in (tmp_path, path, tmp_path / "keep.jsonl"):
         with pytest.raises(InputError) as error:
             results.refuse_unfit(unfit)
         assert error.value.hint

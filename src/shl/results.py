@@ -151,8 +151,10 @@ def refuse_unfit(path: Path | str) -> None:
     path = Path(path)
     if path.is_dir():
         raise InputError("is a folder, not a ledger", where=str(path), hint="name a file: --append results.tsv")
-    if path.is_file() and path.stat().st_size:
-        _split(path, torn=True)
+    if path.is_file() and path.stat().st_size and "arm" not in _split(path, torn=True)[0]:
+        raise InputError(
+            "is not a ledger: it has no column arm", where=str(path), hint="name another file: --append results.tsv"
+        )
 
 
 def read_rows(path: Path | str) -> list[Row]:
