@@ -15,6 +15,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 TOOLS = {
     "controls": {"vector"},
     "dose": {"gen", "filter"},
+    "bands": {"dose", "vector"},
     "info": {"results"},
     "plot": {"results"},
     "report": {"filter", "info", "plot"},

@@ -22,6 +22,7 @@ _HOME = {
     "Vector": "shl.core.vectors",
     "extract": "shl.vector",
     "extract_pairs": "shl.vector",
+    "measure_blocks": "shl.bands",
     "generate": "shl.gen",
     "by_kl": "shl.dose",
     "by_survival": "shl.dose",

@@ -14,8 +14,9 @@ from shl.core.console import progress
 from shl.core.defaults import VectorConfig
 from shl.core.errors import ShlError
 from shl.core.models import Loaded, rechain
+from shl.core.states import Span, read_states
 from shl.core.vectors import Vector
-from shl.vector import extract, last_states
+from shl.vector import extract
 
 Result = dict[str, Any]
 
@@ -69,10 +70,10 @@ def internalisation(loaded: Loaded, teacher: Vector, cfg: VectorConfig | None = 
     """
     blocks = sorted(teacher.layers)
     cfg = cfg or VectorConfig()
-    prompts = [loaded.encode_prompt(prompt.messages) for prompt in pools.contexts()[: cfg.contexts]]
-    now = last_states(loaded, prompts, blocks, cfg.batch_size)
+    spans = [Span(loaded.encode_prompt(prompt.messages)) for prompt in pools.contexts()[: cfg.contexts]]
+    now = read_states(loaded, spans, blocks, cfg.batch_size)
     with loaded.base():
-        base = last_states(loaded, prompts, blocks, cfg.batch_size)
+        base = read_states(loaded, spans, blocks, cfg.batch_size)
     shifts = {block: (now[block].double() - base[block].double()).mean(0) for block in blocks}
     cosines = {block: _cosine(shifts[block], teacher.layers[block]) for block in blocks}
     shares = [float(shifts[b] @ teacher.layers[b].double() / teacher.layers[b].double().norm() ** 2) for b in blocks]

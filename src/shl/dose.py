@@ -135,11 +135,14 @@ def by_survival(
     target: float,
     cfg: DoseConfig | None = None,
     filter_cfg: FilterConfig | None = None,
+    *,
+    to_ceiling: bool = False,
 ) -> Dose:
     """The highest coefficient at which a target share of probe completions passes the filter.
 
     A grid up to the ceiling in ratios of 1.41, all doses in one batch, then a finer one between the last dose that
-    survives and the first that does not. Raises (exit code 3) when even the smallest dose does not survive.
+    survives and the first that does not. Raises (exit code 3) when even the smallest dose does not survive, and when
+    the ceiling does, unless `to_ceiling` takes that as the answer.
     """
     cfg = cfg or DoseConfig()
     top = ceiling(vector, cfg)
@@ -160,6 +163,8 @@ def by_survival(
                 hint="lower --survival or --ceiling, or look at what shl filter drops",
             )
         above = [coeff for coeff in readings if coeff > alive[-1]]
+        if not above and to_ceiling:
+            break
         if not above:
             raise ShlError(
                 f"even at coefficient {alive[-1]:.3g}, {cfg.ceiling:g} times the residual stream, "

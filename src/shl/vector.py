@@ -1,4 +1,4 @@
-"""Step 1, persona pair -> steering vector: the mean difference of hidden states under the two personas."""
+"""Step 1, persona pair -> steering vector: a direction in which hidden states differ between the two personas."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from shl import __version__
-from shl.core.batches import left_pad, positions_of
+from shl.core import directions
 from shl.core.chat import Messages, join_system, with_system
 from shl.core.console import progress
-from shl.core.defaults import VectorConfig
+from shl.core.decode import Sampling, decode
+from shl.core.defaults import POSITIONS, VectorConfig
 from shl.core.errors import ShlError
-from shl.core.hooks import Capture
-from shl.core.memory import batched
 from shl.core.models import Loaded, parse_layers
 from shl.core.provenance import commit, digest_of
 from shl.core.records import Pair, Prompt
 from shl.core.seeds import seed_of
+from shl.core.states import Span, read_states
 from shl.core.vectors import Vector
 
 __all__ = ["Vector", "extract", "extract_pairs"]
@@ -51,7 +51,7 @@ def extract(
     personas = {"name": name, "axis": axis, "pos": pos, "neg": neg}
     digest = digest_of([[prompt.system, prompt.messages] for prompt in chosen])
     facts = {"personas": personas, "contexts": {"digest": digest, "n": len(chosen)}}
-    return _mean_difference(loaded, encoded[0], encoded[1], cfg, facts)
+    return _direction(loaded, encoded[0], encoded[1], cfg, facts)
 
 
 def extract_pairs(loaded: Loaded, pairs: Sequence[Pair], cfg: VectorConfig | None = None) -> Vector:
@@ -59,7 +59,7 @@ def extract_pairs(loaded: Loaded, pairs: Sequence[Pair], cfg: VectorConfig | Non
     cfg = cfg or VectorConfig()
     encoded = [[_encode_side(loaded, pair[side]) for pair in pairs] for side in (0, 1)]
     digest = digest_of([[pair.pos, pair.neg] for pair in pairs])
-    return _mean_difference(loaded, encoded[0], encoded[1], cfg, {"pairs": {"digest": digest, "n": len(pairs)}})
+    return _direction(loaded, encoded[0], encoded[1], cfg, {"pairs": {"digest": digest, "n": len(pairs)}})
 
 
 def _encode_side(loaded: Loaded, side: str | Messages) -> list[int]:
@@ -79,59 +79,66 @@ def _under(prompt: Prompt, persona: str | None) -> Messages:
     return with_system(prompt.messages, join_system(persona, prompt.system))
 
 
-def _mean_difference(
+def _direction(
     loaded: Loaded, pos: list[list[int]], neg: list[list[int]], cfg: VectorConfig, facts: Mapping[str, Any]
 ) -> Vector:
-    if cfg.method != "mean-diff" or cfg.position != "last":
-        raise ShlError(f"no method {cfg.method!r} at position {cfg.position!r}", hint="use mean-diff at last")
+    """A direction for each block from the prompts of both sides."""
+    combine = directions.method(cfg.method)
     if not pos:
         raise ShlError("there are no contexts to read the vector from")
+    where = "answer" if cfg.method == "response" else cfg.position
     blocks = parse_layers(cfg.layers, loaded.n_blocks)
-    states = last_states(loaded, [*pos, *neg], blocks, cfg.batch_size)
+    above, below = _states(loaded, [pos, neg], blocks, where, cfg)
     layers, residual, agreement = {}, {}, {}
-    for layer, state in states.items():
-        above, below = state.double().split(len(pos))
-        difference = above - below
-        mean = difference.mean(0)
-        layers[layer] = mean.float()
-        residual[str(layer)] = float(below.norm(dim=-1).mean())
-        agreement[str(layer)] = float(torch.nn.functional.cosine_similarity(difference, mean[None]).mean())
-    vector = Vector(layers, _meta(loaded, blocks, cfg) | dict(facts))
+    for layer in blocks:
+        plus, minus = above[layer].double(), below[layer].double()
+        if not (torch.isfinite(plus).all() and torch.isfinite(minus).all()):
+            raise ShlError(f"hidden states of block {layer} are not finite", hint="try --dtype float32")
+        layers[layer] = combine(plus, minus).float()
+        residual[str(layer)] = float(minus.norm(dim=-1).mean())
+        shifts = torch.nn.functional.cosine_similarity(plus - minus, layers[layer].double()[None])
+        agreement[str(layer)] = float(shifts.mean())
+    vector = Vector(layers, _meta(loaded, blocks, cfg, where) | dict(facts))
     vector.meta["norms"] = {str(layer): norm for layer, norm in vector.norms.items()}
     vector.meta |= {"residual_norms": residual, "agreement": agreement}
-    broken = [layer for layer, v in layers.items() if not torch.isfinite(v).all()]
-    if broken:
-        raise ShlError(f"hidden states of blocks {broken} are not finite", hint="try --dtype float32")
     return vector
 
 
-def last_states(loaded: Loaded, prompts: list[list[int]], blocks: list[int], batch_size: int) -> dict[int, Tensor]:
-    """Residual stream at the last token of every prompt, by block, on the CPU in float32."""
-    states = {layer: torch.empty(len(prompts), loaded.hidden) for layer in blocks}
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-
-    def read(rows: Sequence[int]) -> dict[int, Tensor]:
-        ids, mask = left_pad([prompts[i] for i in rows], loaded.device)
-        return capture.run(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask))
-
-    with (
-        torch.inference_mode(),
-        Capture(loaded, blocks, early_exit=True) as capture,
-        progress("reading hidden states", len(prompts)) as bar,
-    ):
-        for rows, found in batched(loaded, order, batch_size, read, "reading hidden states"):
-            for layer in blocks:
-                states[layer][rows] = found[layer].float().cpu()
-            bar.advance(len(rows))
-    return states
+def _states(
+    loaded: Loaded, sides: Sequence[list[list[int]]], blocks: list[int], where: str, cfg: VectorConfig
+) -> list[dict[int, Tensor]]:
+    """For each side, [rows, hidden] by block: at the last token of the prompt, or averaged over an answer to it."""
+    if where not in POSITIONS:
+        raise ShlError(f"no position {where!r}", hint=f"use one of {', '.join(POSITIONS)}")
+    spans = [[Span(ids) for ids in side] if where == "last" else _answered(loaded, side, cfg) for side in sides]
+    with progress("reading hidden states", sum(map(len, spans))) as bar:
+        return [read_states(loaded, side, blocks, cfg.batch_size, bar) for side in spans]
 
 
-def _meta(loaded: Loaded, blocks: list[int], cfg: VectorConfig) -> dict[str, Any]:
+def _answered(loaded: Loaded, prompts: list[list[int]], cfg: VectorConfig) -> list[Span]:
+    """Each prompt with the model's own answer to it, by the same noise on both sides.
+
+    Of an empty answer the prompt's last token is read.
+    """
+    with progress("answering under the persona", len(prompts)) as bar:
+        said = decode(
+            loaded,
+            prompts,
+            seeds=[seed_of(cfg.seed, "response", str(i)) for i in range(len(prompts))],
+            sampling=Sampling(max_new_tokens=cfg.answer_tokens),
+            batch_size=cfg.batch_size,
+            on_finish=lambda *_: bar.advance(),
+        )
+    return [Span(ids + one.ids, max(1, len(one.ids))) for ids, one in zip(prompts, said, strict=True)]
+
+
+def _meta(loaded: Loaded, blocks: list[int], cfg: VectorConfig, where: str) -> dict[str, Any]:
     return {
         "step": "vector",
         "method": cfg.method,
         "layers": blocks,
-        "position": cfg.position,
+        "position": where,
+        **({"answer_tokens": cfg.answer_tokens} if where == "answer" else {}),
         "seed": cfg.seed,
         "model": loaded.ref.id,
         "revision": loaded.ref.revision,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
 from shl.cli import options
-from shl.cli.common import Where, begin, find_model, load_model, settle, usage
+from shl.cli.common import Where, begin, find_model, load_model, prompts_for, settle, usage
 from shl.core import console, files, pools, records
-from shl.core.defaults import VectorConfig
+from shl.core.defaults import METHODS, POSITIONS, VectorConfig
+
+if TYPE_CHECKING:
+    from shl.bands import Reading
 
 NAME = "vector"
 NEEDS_ARGUMENTS = True
@@ -38,10 +42,20 @@ def command(
         int | None, Option(metavar="N", min=1, help=f"How many contexts at most. [{VectorConfig.contexts}]")
     ] = None,
     layers: Annotated[
-        str | None, Option(metavar="BLOCKS", help=f"Blocks, as 3,4 or a band of the depth. [{VectorConfig.layers}]")
+        str | None,
+        Option(
+            metavar="BLOCKS", help=f"Blocks as 3,4, a band of the depth, or auto: measured. [{VectorConfig.layers}]"
+        ),
     ] = None,
-    method: Annotated[str | None, Option(help=f"How states become a direction. [{VectorConfig.method}]")] = None,
-    position: Annotated[str | None, Option(help=f"Which token is read. [{VectorConfig.position}]")] = None,
+    method: Annotated[
+        str | None, Option(help=f"How states become a direction: {', '.join(METHODS)}. [{VectorConfig.method}]")
+    ] = None,
+    position: Annotated[
+        str | None, Option(help=f"What is read: the last token, or the whole answer. [{VectorConfig.position}]")
+    ] = None,
+    answer_tokens: Annotated[
+        int | None, Option(metavar="N", min=1, help=f"Length of an answer that is read. [{VectorConfig.answer_tokens}]")
+    ] = None,
     model: options.Model = None,
     revision: options.Revision = None,
     adapter: options.Adapters = None,
@@ -60,8 +74,10 @@ def command(
 ) -> None:
     """Make a steering vector from a persona pair.
 
-    The vector is the mean difference of hidden states between the two personas; coefficient 1 adds the shift that
-    the persona itself causes. It carries its model, its chain and its personas along.
+    The vector is the mean difference of hidden states between the two personas, or another direction as long as that
+    is along it; coefficient 1 adds the shift that the persona itself causes. It carries its model, its chain and its
+    personas along. With --layers auto each block is steered as far as answers stay sound, and the one at which they
+    then speak most for the persona is taken.
     """
     begin(quiet, verbose)
     if sum(source is not None for source in (pos, persona, pairs)) != 1:
@@ -73,22 +89,35 @@ def command(
     files.refuse_existing(out, bool(force))
     where = Where(model, revision, adapter, no_parents, allow_mismatch, trust_remote_code, device, dtype)
     ref = find_model(where)
-    flags = {"method": method, "layers": layers, "contexts": contexts, "position": position, "seed": seed,
-             "batch_size": batch_size}  # fmt: skip
+    flags = {"method": method, "layers": layers, "contexts": contexts, "position": position,
+             "answer_tokens": answer_tokens, "seed": seed, "batch_size": batch_size}  # fmt: skip
     cfg = settle(VectorConfig, flags, "vector", ref)
+    for name, value, known in (("method", cfg.method, METHODS), ("position", cfg.position, POSITIONS)):
+        if value not in known:
+            raise usage(f"{value!r} is not one of {', '.join(known)}", f"--{name}")
+    auto = cfg.layers == "auto"
+    if auto and pairs is not None:
+        raise usage("auto needs personas, by --pos or --persona", "--layers")
     chosen = pools.persona(persona) if persona is not None else None
     contrasts = records.read_pairs(pairs if str(pairs) != "-" else None) if pairs is not None else None
     shown = records.read_prompts(prompts) if prompts is not None else None
     with files.guarded_stdout():
+        from shl.bands import measure_blocks
         from shl.vector import extract, extract_pairs
 
         loaded = load_model(where, ref)
         if contrasts is not None:
             made = extract_pairs(loaded, contrasts, cfg)
-        elif chosen is not None:
-            made = extract(loaded, chosen.pos, chosen.neg, shown, cfg, name=chosen.name, axis=chosen.axis)
         else:
-            made = extract(loaded, str(pos), neg, shown, cfg)
+            pair = chosen or pools.Persona("", "", str(pos), neg)
+            if auto:
+                asked = prompts_for(None, None, {"personas": {"axis": pair.axis}})
+                blocks = measure_blocks(loaded, pair.pos, pair.neg, asked, shown, cfg)
+                cfg = replace(cfg, layers=str(blocks[0].layer))
+                _show(blocks)
+            made = extract(loaded, pair.pos, pair.neg, shown, cfg, name=pair.name or None, axis=pair.axis or None)
+            if auto:
+                made.meta["measured"] = [asdict(one) for one in blocks]
         made.save(out, bool(force))
     residual, agreement = made.meta["residual_norms"], made.meta["agreement"]
     rows = [[layer, norm, residual[str(layer)], agreement[str(layer)]] for layer, norm in made.norms.items()]
@@ -100,3 +129,14 @@ def command(
         "agreement: mean cosine between each context's difference and their mean (near 0: no common direction)",
     )
     console.note(f"wrote {out} (blocks {', '.join(map(str, made.layers))}; {made.digest[:19]}…)")
+
+
+def _show(blocks: list[Reading]) -> None:
+    """What --layers auto measured."""
+    console.table(
+        "blocks, the one taken first",
+        ["block", "coefficient", "survives", "effect", "+-"],
+        [[one.layer, one.coeff, one.survival, one.effect, one.error] for one in blocks],
+        "coefficient: the highest at which 80% of the answers pass the filter, steered at this block alone; effect: "
+        "ln p(answer | pos) - ln p(answer | neg) of those, under the unsteered model, in nats; +-: standard error",
+    )

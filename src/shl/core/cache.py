@@ -47,12 +47,10 @@ class GrowingLayer(DynamicLayer):
         return new
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row as many times."""
+        """Repeat each row; the room ends with the states, and grows when more come."""
+        super().batch_repeat_interleave(repeats)
         if self.is_initialized:
-            used = self.get_seq_length()
-            self._room_k = self._room_k[:, :, :used].repeat_interleave(repeats, dim=0)
-            self._room_v = self._room_v[:, :, :used].repeat_interleave(repeats, dim=0)
-            self.keys, self.values = self._room_k, self._room_v
+            self._room_k, self._room_v = self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows only."""
@@ -62,9 +60,18 @@ class GrowingLayer(DynamicLayer):
             self.keys, self.values = self._room_k[:, :, :used], self._room_v[:, :, :used]
 
 
+def _odd(cache: DynamicCache) -> set[str]:
+    return {type(layer).__name__ for layer in cache.layers} - {"GrowingLayer", "DynamicSlidingWindowLayer"}
+
+
+def replaceable(cache: DynamicCache) -> bool:
+    """Does the cache hold the states of tokens, row by row, and no running state instead of them?"""
+    return not _odd(cache)
+
+
 def check_replaceable(cache: DynamicCache) -> None:
-    """Refuse a cache whose rows cannot be replaced, such as one that holds a running state instead of tokens."""
-    if odd := {type(layer).__name__ for layer in cache.layers} - {"GrowingLayer", "DynamicSlidingWindowLayer"}:
+    """Refuse a cache whose rows cannot be replaced."""
+    if odd := _odd(cache):
         raise ShlError(f"rows of a cache with {', '.join(sorted(odd))} cannot be rewound", hint="leave --backtrack out")
 
 

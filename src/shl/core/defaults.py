@@ -10,6 +10,10 @@ from shl.core.errors import ShlError
 Config = TypeVar("Config")
 
 
+METHODS = ("mean-diff", "pca", "probe", "response")  # how states become a direction
+POSITIONS = ("last", "answer")  # where states are read
+
+
 @dataclass(frozen=True)
 class VectorConfig:
     """How a steering vector is extracted: method, band of blocks, number of contexts."""
@@ -17,7 +21,8 @@ class VectorConfig:
     method: str = "mean-diff"
     layers: str = "0.45:0.55"
     contexts: int = 256
-    position: str = "last"
+    position: str = "last"  # or answer: mean over the tokens of an answer, what method response implies
+    answer_tokens: int = 48
     batch_size: int = 32
     seed: int = 0
 

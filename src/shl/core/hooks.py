@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from shl.core.errors import ShlError
 from shl.core.models import Loaded
@@ -151,11 +152,12 @@ class Capture(_Hooks):
         self.early_exit = early_exit
         self.outputs: dict[int, Tensor] = {}
 
-    def run(self, **inputs: Tensor) -> dict[int, Tensor]:
-        """One forward pass of the model's body; the outputs read, by block."""
+    def run(self, past_key_values: DynamicCache | None = None, **inputs: Tensor) -> dict[int, Tensor]:
+        """One forward pass of the model's body, behind what a cache holds if given; the outputs read, by block."""
         self.outputs = {}
+        cached = past_key_values is not None
         with suppress(_Enough):
-            self.loaded.body(**inputs, use_cache=False)
+            self.loaded.body(**inputs, past_key_values=past_key_values, use_cache=cached)
         missing = [layer for layer in self.layers if layer not in self.outputs]
         if missing:
             raise ShlError(f"the reading hooks never fired at blocks {missing}")
