@@ -513,3 +513,20 @@ class TestLedger:
         assert "<svg" in (tmp_path / "t.svg").read_text()
         assert "--force" in shl("plot", "results.tsv", "-o", "t.svg").err
         assert shl("plot", "t.svg", "-o", "u.svg").code == 1
+
+
+def test_auto_on_the_command_line_records_what_it_measured(shl, tmp_path, monkeypatch):
+    from shl import bands
+    from shl.core.provenance import read_header
+
+    found = [bands.Reading(3, 0.5, 0.9, 4.0, 1.0), bands.Reading(2, 0.7, 0.8, 3.0, 1.0)]
+    monkeypatch.setattr(bands, "measure_blocks", lambda *args: found)
+    out = tmp_path / "v.safetensors"
+    assert shl("vector", "--persona", "authority", "--layers", "auto", "--contexts", "2", "-o", out).code == 0
+    meta = read_header(out)
+    assert meta["layers"] == [3] and [one["layer"] for one in meta["measured"]] == [3, 2]
+    assert set(meta["measured"][0]) == {"layer", "coeff", "survival", "effect", "error"}
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"pos": "a", "neg": "b"}\n')
+    wrong = shl("vector", "--pairs", pairs, "--layers", "auto", "-o", tmp_path / "w.safetensors")
+    assert wrong.code == 2 and "needs personas" in wrong.err

@@ -122,12 +122,13 @@ def evaluation(model: Loaded, teacher: vector.Vector) -> dict[str, Any]:
 
 def test_vector(tmp_path: Path, model: Loaded, teacher: vector.Vector) -> None:
     pair = Pair([{"role": "user", "content": "yes"}], [{"role": "user", "content": "no"}])
-    made = [teacher, vector.extract_pairs(model, [pair]), teacher.random_like(1), 2 * teacher, teacher + teacher]
+    said = vector.extract_pairs(model, [pair], VectorConfig(method="response", answer_tokens=2))
+    made = [teacher, vector.extract_pairs(model, [pair]), teacher.random_like(1), 2 * teacher, teacher + teacher, said]
     metas = []
     for i, one in enumerate(made):
         one.save(tmp_path / f"{i}.safetensors")
         metas.append(provenance.read_header(tmp_path / f"{i}.safetensors"))
-    check(documented("Vector"), metas)
+    check(documented("Vector"), metas, rare=["measured"])  # tests/test_cli.py has that one
     held, metadata = provenance.read_safetensors(tmp_path / "0.safetensors")
     assert set(held) == {f"layer{i}.v" for i in metas[0]["layers"]}
     assert {info.dtype for info in held.values()} == {"F32"}
