@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from shl.core import pools
-from shl.core.defaults import EvalConfig, VectorConfig
+from shl.core.defaults import EvalConfig, VectorConfig, configure
 from shl.core.locate import TOY
 from shl.core.models import load
 from shl.eval import evaluate
@@ -63,22 +63,28 @@ def test_a_vector_moves_it_fluently(toy, base, vector):
     assert steered["broken"] <= base["broken"] + 0.1 and steered["free_ppl_p90"] <= 1.1 * base["free_ppl_p90"]
 
 
-def test_a_vector_moves_judgments_nearly_as_far_as_a_system_message_does(toy, base):
+@pytest.fixture(scope="module")
+def advised(toy):
+    """The blocks that the model recommends to steer."""
+    return configure(VectorConfig, "vector", toy.ref.recommended, contexts=128)
+
+
+def test_a_vector_moves_judgments_as_far_as_a_system_message_does(toy, base, advised):
     persona = pools.persona("authority")
-    both_sides = extract(toy, persona.pos, persona.neg, cfg=VectorConfig(contexts=128))
+    both_sides = extract(toy, persona.pos, persona.neg, cfg=advised)
     prompted = evaluate(toy, READ, system=persona.pos)["metrics"]
-    steered = evaluate(toy, replace(READ, free=48), both_sides, 0.6)["metrics"]
-    moved = base["auth_nats"] - prompted["auth_nats"]
-    assert moved > 0.7 and base["auth_nats"] - steered["auth_nats"] >= 0.9 * moved
-    assert steered["p_ans_any"] >= 0.95 and steered["free_ppl_p90"] <= 1.1 * base["free_ppl_p90"]
+    steered = evaluate(toy, replace(READ, free=48), both_sides, 0.4)["metrics"]
+    assert steered["auth_nats"] <= prompted["auth_nats"] <= base["auth_nats"] - 0.7
+    assert steered["p_ans_any"] >= 0.95 and steered["broken"] <= base["broken"] + 0.05
+    assert steered["free_ppl_p90"] <= 1.1 * base["free_ppl_p90"]
 
 
-def test_the_second_axis_is_moved_as_far_in_what_is_said(toy):
+def test_the_second_axis_is_moved_as_far_in_what_is_said(toy, advised):
     persona, cfg = pools.persona("boldness"), replace(SPOKEN, axes=("boldness",))
-    both_sides = extract(toy, persona.pos, persona.neg, cfg=VectorConfig(contexts=128))
+    both_sides = extract(toy, persona.pos, persona.neg, cfg=advised)
     prompted = evaluate(toy, cfg, system=persona.pos)["metrics"]
-    steered = evaluate(toy, cfg, both_sides, 0.75)["metrics"]
-    assert steered["enact_boldness"] >= prompted["enact_boldness"] - 0.05 and steered["p_ans_any"] >= 0.95
+    steered = evaluate(toy, cfg, both_sides, 0.4)["metrics"]
+    assert steered["enact_boldness"] >= prompted["enact_boldness"] - 0.1 and steered["p_ans_any"] >= 0.95
     assert steered["free_ppl_p90"] <= 1.1 * prompted["free_ppl_p90"]
 
 
