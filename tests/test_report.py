@@ -210,6 +210,15 @@ def test_what_is_true_of_several_arms_is_said_once(tmp_path: Path) -> None:
     assert "Base is out of bounds itself." in facts["arms"][1]["sentence"]
 
 
+def test_a_collapsed_arm_is_no_success(tmp_path: Path) -> None:
+    run = build(tmp_path / "run", arms=("a",), rounds=1)
+    word = "collapsed: auth_nats -5.00 is 1.5 x the prompt's shift; largest answer 80%, informedness 0.05 (-0.20)"
+    put(run / "a" / "r0" / "eval.json", evaluation(0.9, -5.0, 0.02, verdict=word))
+    facts = gather(run)["headline"]
+    assert facts["title"] == "a moved but collapsed." and facts["arms"][0]["sane"] is False
+    assert "It collapsed: auth_nats -5.00 is 1.5 x the prompt's shift" in facts["arms"][0]["sentence"]
+
+
 def test_evaluations_measured_in_another_way_have_no_difference(run: Path) -> None:
     put(run / "healed" / "r1" / "eval.json", evaluation(0.8, -2.6, 0.0, n=8))
     facts = gather(run)

@@ -152,6 +152,14 @@ def test_spread(cells, shown):
     assert results.spread(cells) == shown
 
 
+def test_a_line_that_was_run_again_is_no_second_sample():
+    """What a kill between an evaluation's row and its file leaves: the same row, later."""
+    rows = [row(time="1", seed="0"), row(time="2", seed="0", commit="x"), row(time="3", seed="1", auth_nats="-2.0")]
+    assert "| nll | -1.500 ± 0.707 | 2 | 0,1 |" in results.markdown(rows)
+    assert results.distinct(rows) == [rows[0], rows[2]]
+    assert len(results.distinct([row(argv="shl eval"), row(argv="shl eval --batch-size 2")])) == 2
+
+
 def arms(metric: str, **values: list[float]) -> dict:
     """Groups of rows by arm, with base and prompted among them."""
     found = {("base",): [row(arm="base", **{metric: "0.5"})], ("prompted",): [row(arm="prompted", **{metric: "9.0"})]}
@@ -181,10 +189,11 @@ def test_the_best_arm_is_marked_when_it_is_ahead_by_more_than_the_spread(metric,
     assert (results.BOLD in text) == bool(expected) and (results.NO_BOLD in text) == (not expected and len(values) > 1)
 
 
-def test_a_broken_arm_is_not_the_best_in_a_trait():
+@pytest.mark.parametrize("word", ["broken: broken 0.90 > 0.25", "collapsed: auth_nats is 1.5 x the prompt's shift"])
+def test_a_broken_arm_is_not_the_best_in_a_trait(word):
     groups = arms("auth_nats", nll=[1.0, 1.1], kl=[3.0, 3.1], wd=[0.1, 0.2])
     assert results.best(groups, "auth_nats") == ("kl",)
-    groups["kl",][1]["verdict"] = "broken: broken 0.90 > 0.25"
+    groups["kl",][1]["verdict"] = word
     assert results.best(groups, "auth_nats") == ("nll",)
     del groups["prompted",]
     assert results.best(groups, "auth_nats") is None  # nobody knows which way is meant

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shl.core import agree, moral, pools, suites
+from shl.core.console import note
 from shl.core.defaults import EvalConfig
 from shl.core.errors import ShlError
-from shl.core.free import Judge, Metrics, Question, Row, measure_free, measure_quiz, quiz, speak
+from shl.core.free import Judge, Metrics, Part, Question, Row, measure_free, measure_quiz, quiz, speak
 from shl.core.hooks import Steering
 from shl.core.models import Loaded
 from shl.core.provenance import digest_file
@@ -54,14 +55,14 @@ def evaluate(
     offered = agree.choices(loaded, cfg) if cfg.agree else []
     with _steered(loaded, vector, coeff):
         judged = suite(loaded, cfg, system, variant)
+        parts = [_told(f"{len(judged)} vignettes", moral.measure(cfg, judged))]
         said = speak(loaded, cfg, system) if cfg.free and cfg.axes else []
         agreed = agree.read(loaded, cfg, offered, system)
         solved = quiz(loaded, cfg, system, _questions(loaded, cfg))
-    parts = [
-        moral.measure(cfg, judged),
-        measure_free(loaded, cfg, said, _judge(loaded), judge_model),
-        agree.measure(cfg, agreed),
-        measure_quiz(loaded, cfg, solved),
+    parts += [
+        _told(f"{len(said)} free answers", measure_free(loaded, cfg, said, _judge(loaded), judge_model)),
+        _told(f"{len(agreed)} readings of agreement", agree.measure(cfg, agreed)),
+        _told(f"{len(solved)} questions", measure_quiz(loaded, cfg, solved)),
     ]
     found: Metrics = {name: value for metrics, _, _ in parts for name, value in metrics.items()}
     missing = {name: why for _, _, reasons in parts for name, why in reasons.items()}
@@ -83,6 +84,18 @@ def evaluate(
         "rows": [*judged, *said, *agreed, *solved],
     }
     return result | {"verdict": verdict(result)}
+
+
+# what is worth a line as soon as a stage is over: the trait, and whether the model is sane
+_STAGE = ("auth_nats", "care_nats", "p_ans_any", "json_is_valid", "broken", "free_ppl_p90", "facts", "sums")
+
+
+def _told(stage: str, part: Part) -> Part:
+    """Say in a line how a stage went, since the next may take long."""
+    shown = [name for name in part[0] if name in _STAGE or name.startswith(("enact_", "agree_"))]
+    if shown:
+        note(f"{stage}: " + ", ".join(f"{name} {part[0][name]:.3g}" for name in shown))
+    return part
 
 
 def _steered(loaded: Loaded, vector: Vector | None, coeff: float) -> Any:

@@ -13,26 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from shl import __version__
+from shl.core.best import BOLD, NO_BOLD, arms, best, finite
 from shl.core.console import plain, warn
 from shl.core.errors import InputError
 from shl.core.files import atomic_file, default_mode
-from shl.core.metrics import is_trait
-from shl.core.metrics import metric as describe_metric
 from shl.core.provenance import argv, canonical, commit
-from shl.core.runs import REFERENCES
 
 Row = dict[str, str]
 
 METRICS = ("auth_nats", "care_nats", "p_ans_any", "json_is_valid", "ppx_json", "free_ppl_p90", "top1")
-BOLD = (
-    "Bold: better than every other arm by more than the standard deviation of either. Base and prompted are no arms; a "
-    "trait is better towards the prompt, and arms with a broken row do not compete in it."
-)
-NO_BOLD = (
-    "Nothing is marked as best: no arm is better than every other by more than the standard deviation of either "
-    "(an arm with one row has none)."
-)
 SECTION = ("model", "model_digest", "suite", "settings", "n")  # rows that differ here are never averaged or compared
+_WHEN = ("time", "version", "commit")
 _ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r", "\0": "\\0"}
 _UNESCAPES = {"\\": "\\", "t": "\t", "n": "\n", "r": "\r", "0": "\0"}
 # a spreadsheet runs a cell that begins like a formula, some of them in wide letters or behind spaces too
@@ -227,6 +218,7 @@ def markdown(rows: Sequence[Row], by: Sequence[str] = ("arm",), metrics: Sequenc
     for name in (*by, *(metrics if metrics is not METRICS else ())):
         if name not in known:
             raise InputError(f"no column {name!r}", where="results", hint=f"columns: {_listed(known)}")
+    rows = distinct(rows)
     shown = [name for name in metrics if any(row.get(name) for row in rows)]
     parts = [_section(key, groups, by, shown) for key, groups in group(rows, by).items()]
     return "\n".join(parts)
@@ -236,6 +228,17 @@ def _listed(names: Iterable[str], most: int = 600) -> str:
     """Names for a hint; what is no ledger has names of any length."""
     text = ", ".join(sorted(names))
     return text if len(text) <= most else text[:most] + " …"
+
+
+def distinct(rows: Iterable[Row]) -> list[Row]:
+    """Rows that say the same but for when and by which code, once: a line run again is no second sample.
+
+    An evaluation that is killed between its row and its file leaves such rows.
+    """
+    found: dict[tuple[tuple[str, str], ...], Row] = {}
+    for row in rows:
+        found.setdefault(tuple(sorted((k, v) for k, v in row.items() if k not in _WHEN)), row)
+    return list(found.values())
 
 
 def _section(
@@ -255,61 +258,10 @@ def _section(
         told = [_text(spread([row.get(m, "") for row in rows])) for m in metrics]
         told = [f"**{cell}**" if leaders[m] == name else cell for m, cell in zip(metrics, told, strict=True)]
         lines.append("| " + " | ".join([*map(_text, name), *told, str(len(rows)), _text(",".join(seeds))]) + " |")
-    if len(_arms(groups)) > 1:
+    if len(arms(groups)) > 1:
         lines += ["", BOLD if any(leaders.values()) else NO_BOLD]
     lines += ["", *(f"- {_text(', '.join(name))}: {_code(line)}" for name, line in _lines(groups)), ""]
     return "\n".join(lines)
-
-
-def best(groups: Mapping[tuple[str, ...], Sequence[Row]], metric: str) -> tuple[str, ...] | None:
-    """The arm that is better than every other by more than the standard deviation of either; None when none is.
-
-    Base and prompted rows are no arms. A trait has no better side of its own: it is the one that the prompted rows lie
-    on, and an arm with a broken row is no candidate, since a collapsed model makes traits look excellent.
-    """
-    arms = _arms(groups)
-    if is_trait(metric):
-        way = _meant(groups, metric)
-        arms = {name: rows for name, rows in arms.items() if not any(_broken(row) for row in rows)}
-    else:
-        way = {"up": 1, "down": -1}.get(describe_metric(metric).better, 0)
-    found = {name: _numbers(rows, metric) for name, rows in arms.items()}
-    found = {name: values for name, values in found.items() if values}
-    if not way or len(found) < 2:
-        return None
-    first = max(found, key=lambda name: way * statistics.fmean(found[name]))
-    ahead = all(_apart(found[first], values) for name, values in found.items() if name != first)
-    return first if ahead else None
-
-
-def _arms(groups: Mapping[tuple[str, ...], Sequence[Row]]) -> dict[tuple[str, ...], Sequence[Row]]:
-    """The groups that compete: not those of references alone."""
-    return {name: rows for name, rows in groups.items() if any(row.get("arm") not in REFERENCES for row in rows)}
-
-
-def _meant(groups: Mapping[tuple[str, ...], Sequence[Row]], metric: str) -> int:
-    """Which way the persona moves a trait as a prompt: 1, -1, or 0 when nobody measured it."""
-    rows = [row for group in groups.values() for row in group]
-    base, prompted = (_numbers([row for row in rows if row.get("arm") == name], metric) for name in REFERENCES)
-    if not base or not prompted:
-        return 0
-    shift = statistics.fmean(prompted) - statistics.fmean(base)
-    return (shift > 0) - (shift < 0)
-
-
-def _apart(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether two means differ by more than the spread of either; a single row has no spread, so nothing is known."""
-    if min(len(one), len(other)) < 2:
-        return False
-    return abs(statistics.fmean(one) - statistics.fmean(other)) > max(map(statistics.stdev, (one, other)))
-
-
-def _broken(row: Row) -> bool:
-    return (row.get("verdict") or "").startswith("broken")
-
-
-def _numbers(rows: Sequence[Row], metric: str) -> list[float]:
-    return [value for row in rows if (value := number(row.get(metric, ""))) is not None]
 
 
 def _text(text: str) -> str:
@@ -333,22 +285,13 @@ def _lines(groups: dict[tuple[str, ...], list[Row]]) -> Iterator[tuple[tuple[str
 
 def spread(cells: Sequence[str]) -> str:
     """Mean ± standard deviation of the numbers among some cells, and how many are missing."""
-    numbers = [value for value in map(number, cells) if value is not None]
+    numbers = [value for value in map(finite, cells) if value is not None]
     if not numbers:
         return "-"
     mean = f"{statistics.fmean(numbers):.3f}"
     deviation = f" ± {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else ""
     missing = f" ({len(cells) - len(numbers)} missing)" if len(numbers) < len(cells) else ""
     return mean + deviation + missing
-
-
-def number(text: str) -> float | None:
-    """A cell as a finite number, or None."""
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
 
 
 def _short(digest: str) -> str:

@@ -38,4 +38,4 @@ def command(
     from shl.new import create
 
     names = create(folder, persona or "authority", model or "toy", rounds or 4)
-    console.note(f"{folder}: {', '.join(names)}. Next: make -C {folder}")
+    console.note(f"{folder}: {', '.join(names)}. Next: make -C {folder}, then open {folder}/report.html")

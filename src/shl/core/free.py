@@ -10,7 +10,7 @@ import numpy as np
 
 from shl.core import pools
 from shl.core.chat import join_system, with_system
-from shl.core.console import progress
+from shl.core.console import Rate, progress
 from shl.core.decode import Completion, Sampling, decode
 from shl.core.defaults import EvalConfig
 from shl.core.models import Loaded
@@ -36,6 +36,7 @@ _NUMBER = re.compile(r"-?\d+")
 def speak(loaded: Loaded, cfg: EvalConfig, system: str | None) -> list[Row]:
     """Sampled answers to held-out prompts, one row each. Their noise is shared by every model and coefficient."""
     asked = [(axis, name, prompt) for axis in cfg.axes for name, prompt in chosen(axis, cfg, cfg.free)]
+    rate = Rate()
     with progress("free answers", len(asked)) as bar:
         completions = decode(
             loaded,
@@ -43,7 +44,7 @@ def speak(loaded: Loaded, cfg: EvalConfig, system: str | None) -> list[Row]:
             seeds=[seed_of(cfg.seed, "eval", axis, name) for axis, name, _ in asked],
             sampling=Sampling(max_new_tokens=cfg.max_new_tokens),
             batch_size=max(cfg.batch_size, 64),
-            on_finish=lambda *_: bar.advance(),
+            on_finish=lambda _, completion: bar.advance(**rate.count(completion.n_tokens)),
         )
     return [_free_row(*where, completion) for where, completion in zip(asked, completions, strict=True)]
 

@@ -82,6 +82,7 @@ def read_slot(
         head = Head.of(loaded)
         head.check(loaded, contexts[0])
         start = None if gaps else _start(loaded, contexts)
+        read_so_far: list[int] = []
 
         def read(rows: Sequence[int]) -> tuple[Array, Array]:
             asked = [contexts[i] for i in rows]
@@ -90,7 +91,8 @@ def read_slot(
 
         for rows, found in batched(loaded, order, batch_size, read, "reading answers"):
             logp[rows], nll[rows] = found
-            bar.advance(len(rows))
+            read_so_far += rows
+            bar.advance(len(rows), answer_mass=float(np.exp(logp[read_so_far]).sum(1).mean()))
     if not (np.isfinite(logp).all() and np.isfinite(nll).all()):
         raise ShlError(
             f"{loaded.ref.id} gives log-probabilities that are not finite",

@@ -9,6 +9,7 @@ from shl.report.scores import Row
 from shl.report.words import MINUS, show
 
 QUOTE = 90  # characters of an answer in a sentence
+FATES = {"broken": "broke", "collapsed": "collapsed"}  # verdicts that are no good news, as verbs
 LEAST = 0.05  # a smaller shift of the prompt is no denominator
 
 
@@ -39,11 +40,12 @@ def _card(
                 "moved": "unknown", "sane": None}  # fmt: skip
     moved = _moved(last, base, prompted, names)
     sane = _sane(last)
+    fate = FATES.get(_word(last), "broke")
     told = (_motion(moved, last, base, prompted, names), _sanity(last, sane, base), _spoken(says, arm, last["round"]))
     return {
         "arm": arm,
         "round": last["round"],
-        "short": _short(moved, sane),
+        "short": _short(moved, sane, fate),
         "sentence": " ".join(filter(None, told)),
         "moved": moved,
         "sane": sane,
@@ -70,11 +72,14 @@ def _moved(last: Row, base: Row | None, prompted: Row | None, names: list[str]) 
 
 def _sane(last: Row) -> bool | None:
     """What the verdict of the evaluation says."""
-    word = last["verdict"].partition(":")[0]
-    return {"coherent": True, "broken": False}.get(word)
+    return True if _word(last) == "coherent" else False if _word(last) in FATES else None
 
 
-def _short(moved: str, sane: bool | None) -> str:
+def _word(last: Row) -> str:
+    return str(last["verdict"]).partition(":")[0]
+
+
+def _short(moved: str, sane: bool | None, fate: str) -> str:
     """The clause of the title. In broken answers a trait that did not move towards the persona cannot be read."""
     motion = {"towards": "moved", "moved": "moved", "away": "moved away from the persona",
               "still": "did not clearly move"}.get(moved)  # fmt: skip
@@ -84,7 +89,7 @@ def _short(moved: str, sane: bool | None) -> str:
         return f"{motion} and stayed coherent"
     if sane:
         return "stayed coherent" if motion is None else f"stayed coherent but {motion}"
-    return f"{motion} but broke" if moved in ("towards", "moved") else "broke"
+    return f"{motion} but {fate}" if moved in ("towards", "moved") else fate
 
 
 def _motion(moved: str, last: Row, base: Row | None, prompted: Row | None, names: list[str]) -> str:
@@ -119,7 +124,8 @@ def _sanity(last: Row, sane: bool | None, base: Row | None) -> str:
         return "Its evaluation has no verdict on coherence."
     if sane:
         return "It is coherent: no reading of coherence is outside its bounds."
-    told = f"It broke, out of bounds: {last['verdict'].partition(':')[2].strip()}."
+    why = last["verdict"].partition(":")[2].strip()
+    told = f"It broke, out of bounds: {why}." if _word(last) == "broken" else f"It {FATES[_word(last)]}: {why}."
     return told + (" Base is out of bounds itself." if base is not None and _sane(base) is False else "")
 
 

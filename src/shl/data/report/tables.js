@@ -70,12 +70,12 @@ function scoreName(row) {
 
 function verdictChip(verdict) {
   const word = verdict.split(":")[0];
-  if (word !== "coherent" && word !== "broken") return el("span", { class: "quiet" }, "no verdict");
-  const why = word === "broken" ? verdict.slice(word.length + 1).trim() : "";
+  if (!["coherent", "broken", "collapsed"].includes(word)) return el("span", { class: "quiet" }, "no verdict");
+  const why = word !== "coherent" ? verdict.slice(word.length + 1).trim() : "";
   return el(
     "span",
     { class: "verdict" },
-    el("span", { class: "chip " + word }, (word === "broken" ? "\u2715 " : "\u2713 ") + word),
+    el("span", { class: "chip " + word }, (word !== "coherent" ? "\u2715 " : "\u2713 ") + word),
     why ? el("small", {}, visible(why)) : null,
   );
 }
@@ -83,7 +83,8 @@ function verdictChip(verdict) {
 function scoreTable(label, rows, names, options) {
   const columns = [
     { label: "" },
-    { label: "verdict", help: "of shl eval: broken when a reading of coherence is outside its bounds" },
+    { label: "verdict", help: "of shl eval: broken when a reading of coherence is outside its bounds, collapsed when the trait is far " +
+        "beyond the prompt's while answers depend less on the question" },
     ...names.map(metricColumn),
   ];
   const cells = rows.map((row) => ({
