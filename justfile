@@ -46,6 +46,10 @@ toy OUT="build/toy" *ARGS:
 card *ARGS:
     python examples/toy_card.py {{ARGS}}
 
+# what peers read and write against ours, each in an environment of its own under build/
+interop:
+    tests/interop/run
+
 # 24,000 damaged artifacts through every reader (about two minutes)
 fuzz *ARGS:
     PYTHONPATH=tests python -m fuzz {{ARGS}}

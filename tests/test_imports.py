@@ -23,7 +23,7 @@ TOOLS = {
 PACKAGES = {"plot", "report"}  # steps that are a folder
 HEAVY = {"torch", "transformers", "peft", "safetensors", "accelerate", "matplotlib"}
 LIGHT_CORE = {"console", "defaults", "errors", "files", "format", "lm_eval", "locate", "pools", "provenance",
-              "records", "runs", "seeds", "text", "trajectory", "verdict", "vignettes", "where"}  # fmt: skip
+              "ranks", "records", "runs", "seeds", "text", "trajectory", "verdict", "vignettes", "where"}  # fmt: skip
 LIGHT_STEPS = {"filter", "info", "new", "results", "__init__", "__main__"}
 
 

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from itertools import islice
 from typing import Any, NamedTuple
 
+from shl.core import ranks
 from shl.core.chat import Messages, join_system, with_system
 from shl.core.console import Rate, progress
 from shl.core.decode import Completion, Sampling, decode
@@ -77,8 +78,9 @@ def generate(
     `watch` sees each record and says what stands behind the progress bar.
 
     Records are decoded in fixed blocks, so that a run taken up at any record repeats its block and gives the same
-    texts. Scores are those of the base model, without chain and steering, for the prompt without the persona.
-    Where the dose is not the same everywhere, each record tells its trajectory.
+    texts. Several processes share the blocks, and the first gets all records. Scores are those of the base model,
+    without chain and steering, for the prompt without the persona. Where the dose is not the same everywhere, each
+    record tells its trajectory.
     """
     cfg = cfg or GenConfig()
     coeffs = _coeffs(cfg, vector is not None)
@@ -97,18 +99,22 @@ def generate(
     todo = islice(rows(prompts, cfg, coeffs), skipped, None)
     total = count(len(prompts), cfg, vector is not None)
     rate = Rate()
+
+    def made(block: list[Row]) -> list[dict[str, Any]]:
+        done = _decode(loaded, block, cfg, vector, lambda _, said: bar.advance(**rate.count(said.n_tokens)))
+        texts = [completion.text for completion in done]
+        scores = score(loaded, [row.messages for row in block], texts, cfg.batch_size) if cfg.score else None
+        return [_record(row, done[i], cfg, facts, scores[i] if scores else {}) for i, row in enumerate(block)]
+
     with progress("generating", max(0, total - skipped)) as bar:
-        while block := list(islice(todo, size)):
-            done = _decode(loaded, block, cfg, vector, lambda _, said: bar.advance(**rate.count(said.n_tokens)))
-            texts = [completion.text for completion in done]
-            scores = score(loaded, [row.messages for row in block], texts, cfg.batch_size) if cfg.score else None
-            for i, (row, completion) in enumerate(zip(block, done, strict=True)):
-                record = _record(row, completion, cfg, facts, scores[i] if scores else {})
+        at = skipped
+        for records in ranks.spread(iter(lambda: list(islice(todo, size)), []), made):
+            for record in records:
                 if watch is not None:
                     bar.advance(0, **watch(record))
-                if skipped + i >= start:
+                if at >= start:
                     yield record
-            skipped += len(block)
+                at += 1
 
 
 def _coeffs(cfg: GenConfig, steered: bool) -> tuple[float, ...]:

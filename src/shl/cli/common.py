@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from shl.core import console, pools, strict
+from shl.core import console, pools, ranks, strict
 from shl.core.defaults import advice, configure
 from shl.core.errors import InputError, Mismatch
 from shl.core.provenance import read_header
@@ -42,9 +42,11 @@ class Where:
     dtype: str | None = None
 
 
-def begin(quiet: bool | None, verbose: bool | None) -> None:
-    """Set how much is said, before anything is."""
-    console.set_level(bool(quiet), int(bool(verbose)))
+def begin(quiet: bool | None, verbose: bool | None, *, shared: bool = False) -> None:
+    """Set how much is said, before anything is. Of several processes the first speaks, and few commands share work."""
+    if ranks.world() > 1 and not shared:
+        raise usage("only gen, train and eval run in several processes")
+    console.set_level(bool(quiet) or not ranks.first(), int(bool(verbose)))
 
 
 def usage(message: str, flag: str | None = None) -> typer.BadParameter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from shl.cli.common import (
     usage,
     vector_header,
 )
-from shl.core import console, files, lm_eval, pools, records
+from shl.core import console, files, lm_eval, pools, ranks, records
 from shl.core.defaults import EvalConfig
 from shl.core.evaluations import read_evaluation
 
@@ -129,7 +130,9 @@ def command(
 
     The model may carry adapters, be steered (--vec with --coeff) or be prompted (--system, --persona).
     """
-    begin(quiet, verbose)
+    begin(quiet, verbose, shared=True)
+    if not ranks.first():  # the first process writes what all of them find
+        out, per_row, append = Path(os.devnull), None, None
     if (vec is None) != (coeff is None):
         raise usage("--vec and --coeff go together")
     if persona is not None:
@@ -161,7 +164,7 @@ def command(
              "batch_size": batch_size, "seed": seed}  # fmt: skip
     cfg = settle(EvalConfig, flags, "eval", ref)
     imported = lm_eval.read(import_lm_eval) if import_lm_eval is not None else ({}, {})
-    with files.open_out(out, bool(force)) as handle:
+    with files.open_out(out, bool(force)) as handle, ranks.together():
         from shl import controls, results
         from shl.core import models, suites
         from shl.core.vectors import Vector

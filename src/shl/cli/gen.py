@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -26,7 +27,7 @@ from shl.cli.common import (
     vector_header,
 )
 from shl.cli.live import Survival
-from shl.core import console, files, records
+from shl.core import console, files, ranks, records
 from shl.core.defaults import DoseConfig, GenConfig
 from shl.core.errors import ShlError
 from shl.core.part import PartFile
@@ -164,7 +165,8 @@ def command(
     For each prompt and coefficient, scored under the base model. Model, chain and pool come with the vector. Rows
     at coefficient 0 are controls, which shl filter measures the others by.
     """
-    begin(quiet, verbose)
+    begin(quiet, verbose, shared=True)
+    ranks.refuse_stdin(prompts)
     if resume and (out is None or str(out) == "-"):
         raise usage("needs -o FILE, since a pipe keeps nothing", "--resume")
     if prompts is not None and pool is not None:
@@ -196,12 +198,13 @@ def command(
     settings = _settings(cfg, asked, ref.id, ref.revision, chain_given(adapter), vec, artifact)
     if auto:  # the target stands for the coefficient, which nobody knows yet
         settings["coeffs"] = ["auto", aim]
-    target = _target(out, settings, bool(resume), bool(force))
-    if target is not None and target.complete:
+    target = _target(out, settings, bool(resume), bool(force)) if ranks.first() else None
+    begun, complete = ranks.share((target.lines, target.complete) if target else (0, False))
+    if complete:
         console.note(f"{out} is complete already")
         return
 
-    def sampled(start: int) -> Iterator[dict[str, Any]]:
+    def sampled() -> Iterator[dict[str, Any]]:
         from shl.core.vectors import Vector
         from shl.gen import generate
 
@@ -211,9 +214,9 @@ def command(
         if auto and vector is not None:
             probe = settle(DoseConfig, {"seed": cfg.seed}, "dose", ref)
             found = _begun(target) or _search(loaded, vector, asked, aim, probe)
-            chosen = replace(cfg, coeffs=(0.0, found))
+            chosen = replace(cfg, coeffs=(0.0, ranks.share(found)))
         watch = Survival() if console.live() else None
-        return generate(loaded, asked, chosen, vector, start=start, allow_mismatch=bool(allow_mismatch), watch=watch)
+        return generate(loaded, asked, chosen, vector, start=begun, allow_mismatch=bool(allow_mismatch), watch=watch)
 
     _write(sampled, target)
 
@@ -288,11 +291,16 @@ def _target(out: Path | None, settings: dict[str, Any], resume: bool, force: boo
 
 def _write(sampled: Any, target: PartFile | None) -> None:
     """Write records as they come, to stdout or to the unfinished file."""
+    if not ranks.first():  # the first process writes what all of them make
+        with files.guarded_stdout():
+            for _ in sampled():
+                pass
+        return
     handle = files.data_stdout() if target is None else target.writer()
     begun, count, tokens = time.monotonic(), 0, 0
     try:
-        with handle as lines:
-            for record in sampled(target.lines if target else 0):
+        with handle as lines, closing(sampled()) as made:
+            for record in made:
                 records.write_record(lines, record)
                 count, tokens = count + 1, tokens + record["n_tokens"]
     except KeyboardInterrupt:

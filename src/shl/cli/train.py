@@ -8,7 +8,7 @@ from typer import Argument, Option
 
 from shl.cli import options
 from shl.cli.common import Where, begin, find_model, load_model, settle
-from shl.core import files, records
+from shl.core import files, ranks, records
 from shl.core.defaults import TrainConfig
 from shl.core.errors import Mismatch
 
@@ -115,7 +115,8 @@ def command(
     loss = nll + lam * relu(agg(KL) - tau), on top of the chain that --adapter names. The directory records that
     chain as its parents. A training that was killed goes on after its last finished epoch when the line is repeated.
     """
-    begin(quiet, verbose)
+    begin(quiet, verbose, shared=True)
+    ranks.refuse_stdin(source)
     files.refuse_existing(out, bool(force))
     rows = list(records.read_records(source))
     artifact = _origin(rows, bool(allow_mismatch))
@@ -130,13 +131,14 @@ def command(
              "holdout": holdout, "max_len": max_len, "seed": seed,
              "batch_size": batch_size}  # fmt: skip
     cfg = settle(TrainConfig, flags, "train", ref)
-    with files.guarded_stdout():
+    with files.guarded_stdout(), ranks.together(), ranks.own(out) as place:
         from shl.core.heal_data import select
         from shl.train import heal
 
         chosen = select(rows, cfg, source)  # before anything heavy, so that an empty input fails at once
         loaded = load_model(where, ref, artifact)
-        heal(loaded, chosen, cfg, out, bool(force), source=source)
+        # of several processes each would have to find the same unfinished state, so they begin anew
+        heal(loaded, chosen, cfg, place, bool(force) or ranks.world() > 1, source=source)
 
 
 _PLURAL = {"model": "models", "adapters": "adapters", "vector": "vectors"}

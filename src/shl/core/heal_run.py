@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from shl.core import console
+from shl.core import console, ranks
 from shl.core.below import Below
 from shl.core.defaults import TrainConfig
 from shl.core.errors import ShlError
@@ -101,7 +101,8 @@ class Run:
     def _batched(
         self, examples: Sequence[Example], work: Callable[[Sequence[Example]], Any], what: str
     ) -> Iterator[Any]:
-        return batched(self.loaded, examples, self.cfg.batch_size, work, what)
+        size = -(-min(self.cfg.batch_size, len(examples)) // ranks.sharing())  # a part of each batch for each process
+        return batched(self.loaded, examples, max(1, size), work, what)
 
     def _states(self, chosen: Sequence[Example]) -> tuple[Tensor, Tensor]:
         """Hidden states that predict the completion tokens, one after the other, and those tokens."""

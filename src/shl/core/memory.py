@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+from shl.core import ranks
 from shl.core.console import warn
 from shl.core.errors import ShlError
 
@@ -33,8 +34,28 @@ def batched(
     """The rows in batches of at most `size`, each with what `work` makes of it.
 
     When memory runs out inside `work`, the same rows are tried again half as many at a time, and the model remembers
-    how many fitted for this kind of work. `work` must leave nothing behind when it fails.
+    how many fitted for this kind of work. `work` must leave nothing behind when it fails. Processes that share the work
+    compute some of the batches each, and all get what comes of them.
     """
+    shares = [rows[at : at + size] for at in range(0, len(rows), size)]
+    if ranks.sharing() == 1:
+        yield from _alone(loaded, rows, size, work, what)
+        return
+
+    def mine(share: Sequence[Row]) -> list[tuple[int, Result]]:
+        return [(len(chosen), result) for chosen, result in _alone(loaded, share, size, work, what)]
+
+    for share, parts in zip(shares, ranks.each(shares, mine), strict=True):
+        at = 0
+        for n, result in parts:
+            yield share[at : at + n], result
+            at += n
+
+
+def _alone(
+    loaded: Loaded, rows: Sequence[Row], size: int, work: Callable[[Sequence[Row]], Result], what: str
+) -> Iterator[tuple[Sequence[Row], Result]]:
+    """The batches of one process."""
     at, size = 0, min(size, loaded.fits.get(what, size))
     while at < len(rows):
         chosen = rows[at : at + size]

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shl.core import layout
+from shl.core import layout, ranks
 from shl.core.chat import Chat, Messages
 from shl.core.errors import InputError, Mismatch, ShlError
 from shl.core.locate import ModelRef, find, local_digest, parse_layers
@@ -179,7 +179,7 @@ def _place(device: str | None, dtype: str | None) -> tuple[torch.device, torch.d
     import torch
 
     try:
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        where = torch.device(device or (ranks.device() if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise ShlError(f"unknown device {device!r}", hint="use cpu, cuda or cuda:1") from None
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}

@@ -81,6 +81,14 @@ def write_record(handle: IO[str], record: Record) -> None:
     handle.write(dumps(record) + "\n")
 
 
+def as_chats(records: Iterable[Record]) -> Iterator[Record]:
+    """Kept records as conversations: `messages` in the place of `prompt` and `completion`; other keys go along."""
+    for record in records:
+        if record.get("keep") is not False:
+            rest = {name: value for name, value in record.items() if name not in ("prompt", "completion")}
+            yield {"messages": [*record["prompt"], *record["completion"]], **rest}
+
+
 def read_lines(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every JSON object of a source with its place, "file:line"; None and "-" are stdin. Reads as it is asked."""
     with _open(source) as (name, lines):

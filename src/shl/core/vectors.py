@@ -54,11 +54,11 @@ class Vector:
         return {f"layer{layer}.v": self.layers[layer].contiguous().cpu() for layer in sorted(self.layers)}
 
     def save(self, path: Path | str, force: bool = False) -> None:
-        """Write the vector; the `cfg` key beside ours is what readers of steering-lite's format look for."""
+        """Write the vector; the `cfg` key is for steering-lite, whose method of that name adds coeff * v."""
         folder = Path(path).absolute().parent
         paths = [os.path.relpath(spec, folder) for spec in self.meta.get("adapter_paths", [])]
         meta = {**self.meta, "adapter_paths": paths, "digest": self.digest}
-        cfg = {"method": meta.get("method"), "layers": sorted(self.layers), "coeff": 1.0, "dtype": "float32",
+        cfg = {"method": "mean_diff", "layers": sorted(self.layers), "coeff": 1.0, "dtype": "float32",
                "seed": meta.get("seed", 0), "normalize": False}  # fmt: skip
         save_safetensors(path, self._tensors(), {KEY: canonical(meta), "cfg": canonical(cfg)}, force)
 
