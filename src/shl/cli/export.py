@@ -22,9 +22,7 @@ NEEDS_ARGUMENTS = True
 EXAMPLES = """\b
 Examples:
   shl export v.safetensors -o v.gguf --coeff 0.8
-  shl export theirs.gguf -o v.safetensors --model google/gemma-3-4b-it
   shl export evil_response_avg_diff.pt -o v.safetensors --layers 15 --model Qwen/Qwen2.5-7B-Instruct
-  shl export keep.jsonl -o train.jsonl
 """
 
 
