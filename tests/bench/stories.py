@@ -1,6 +1,6 @@
 """The whole loop on a story model that has no chat template: personas are openings of stories.
 
-    python tests/bench/stories.py MODEL [--out runs/stories] [--seeds 0 1 2]
+    python tests/bench/stories.py MODEL [--out runs/stories] [--seeds 100 101 102]
 
 MODEL is a folder with a small causal language model of children's stories, such as stories260K. Each seed runs
 `shl vector --pairs`, gen, filter, train, bake and eval as commands, and then reads the trait where it cannot be talked
@@ -28,6 +28,7 @@ OPENINGS = [
     "{} liked to play at {}.",
     "In the morning {} ran to {}.",
 ]
+WORDS = {"glad": ("happy", "fun", "smil", "glad", "laugh"), "sad": ("sad", "cry", "cri", "scared", "alone")}
 ENDINGS = [("happy", "sad"), ("glad", "scared"), ("so happy", "so sad"), ("having fun", "crying")]
 
 
@@ -61,7 +62,7 @@ def loop(model: str, out: Path, seed: int) -> dict[str, object]:
     ]
     prompts = write(out / "prompts.jsonl", [{"user": opening(i)} for i in ask])
     vec, here = out / "v.safetensors", ["--model", model]
-    shl("vector", *here, "--pairs", write(out / "pairs.jsonl", pairs), "--layers", "2", "-o", vec, "--seed", seed, "-f")
+    shl("vector", *here, "--pairs", write(out / "pairs.jsonl", pairs), "--layers", "3", "-o", vec, "--seed", seed, "-f")
     common = ["--seed", seed, "-q"]
     shl(
         "gen",
@@ -69,7 +70,9 @@ def loop(model: str, out: Path, seed: int) -> dict[str, object]:
         "--vec",
         vec,
         "--coeff",
-        "0,0.5,1,2",
+        "0,2,3,4",
+        "--samples",
+        2,
         "--max-new-tokens",
         80,
         *common,
@@ -79,24 +82,14 @@ def loop(model: str, out: Path, seed: int) -> dict[str, object]:
     )
     shl("filter", out / "gen.jsonl", "-f", "-o", out / "keep.jsonl", "--min-keep", 16, ok=(0, 3))
     arms: dict[str, list[object]] = {"base": here}
-    for arm in ("nll", "kl_rev"):
+    # placebo: the same training on what the model says without steering
+    lines = (out / "gen.jsonl").read_text(encoding="utf-8").splitlines()
+    controls = write(out / "controls.jsonl", [row for line in lines if (row := json.loads(line))["coeff"] == 0])
+    train = ["--rank", 8, "--lr", "1e-3", "--epochs", 4, *common, "-f", "-o"]
+    for arm in ("placebo", "nll", "kl_rev"):
+        data, reg = (controls, "nll") if arm == "placebo" else (out / "keep.jsonl", arm)
         adapter = out / arm
-        shl(
-            "train",
-            out / "keep.jsonl",
-            "--reg",
-            arm,
-            "--rank",
-            8,
-            "--lr",
-            "1e-3",
-            "--epochs",
-            4,
-            *common,
-            "-f",
-            "-o",
-            adapter,
-        )
+        shl("train", data, "--reg", reg, *(["--include-controls"] if arm == "placebo" else []), *train, adapter)
         shl("bake", adapter, "-q", "-f", "-o", out / f"{arm}-baked")
         arms[arm] = ["--model", out / f"{arm}-baked"]
     small = ["--limit", 14, "--free", 4, "--max-new-tokens", 40, "--json-tokens", 8, "--bootstrap", 20]
@@ -117,7 +110,7 @@ def readings(model: str, out: Path, vec: Path, held: np.ndarray) -> dict[str, fl
     vector = Vector.load(vec)
     asked = [[{"role": "user", "content": opening(i)}] for i in held]
     found = {}
-    for arm in ("base", "steered 0.5", "steered 1", "steered 2", "nll", "kl_rev"):
+    for arm in ("base", "steered 2", "steered 4", "steered 8", "placebo", "nll", "kl_rev"):
         loaded = base if arm == "base" or arm.startswith("steered") else load(str(out / f"{arm}-baked"), device="cpu")
         with Steering(loaded, vector.layers) as steering:
             steering.set([float(arm.split()[1]) if arm.startswith("steered") else 0.0])
@@ -132,6 +125,8 @@ def readings(model: str, out: Path, vec: Path, held: np.ndarray) -> dict[str, fl
             )  # fmt: skip
         found[arm] = float(np.mean(gap)) / len(asked)
         ppl = [one["ppl"] for one in score(base, asked, [one.text for one in said]) if one["ppl"]]
+        for name, words in WORDS.items():
+            found[f"{arm} {name}"] = float(np.mean([any(word in one.text for word in words) for one in said]))
         found[f"{arm} ppl p90"] = float(np.quantile(ppl, 0.9))
     return found
 
@@ -147,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--out", type=Path, default=Path("runs/stories"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102])
     args = parser.parse_args()
     rows = [loop(args.model, args.out / f"s{seed}", seed) for seed in args.seeds]
     for name in rows[0]:

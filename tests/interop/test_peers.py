@@ -111,5 +111,7 @@ def test_trl_trains_on_our_records(tiny_model, tmp_path):
         prompt = loaded.encode_prompt(record["prompt"])
         answer = loaded.encode_completion(record["completion"][0]["content"], end=True)
         assert row["input_ids"][: len(prompt) + len(answer)] == prompt + answer
-        assert row["completion_mask"][: len(prompt)] == [0] * len(prompt) and all(row["completion_mask"][len(prompt) :])
+        labels = trainer.data_collator([row])["labels"][0].tolist()
+        learnt = row["input_ids"][len(prompt) :]  # TRL renders the whole turn, with the line break behind its end
+        assert labels[: len(prompt)] == [-100] * len(prompt) and labels[len(prompt) : len(row["input_ids"])] == learnt
     assert trainer.train().training_loss > 0
