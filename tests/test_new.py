@@ -1,5 +1,6 @@
 """A run folder: make plans every step of every arm in order, resumes, and is the loop that examples/Makefile runs."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -67,6 +68,25 @@ def test_make_does_only_what_is_left(tmp_path):
     steps = [line.split()[1] for line in plan("ARMS=healed", cwd=tmp_path / "run")]
     assert steps[0] == "filter" and steps[-3:] == ["eval", "plot", "report"]
     assert sorted(steps[1:3]) == ["eval", "train"] and len(steps) == 6
+
+
+@make
+def test_more_rounds_go_on_from_the_last(tmp_path):
+    """make ROUNDS=3 after make ROUNDS=2: only the third round of each arm, and the pictures of all."""
+    run = tmp_path / "run"
+    create(run, rounds=2)
+    names = ["base.json", "prompted.json"]
+    parts = ("v.safetensors", "completions.jsonl", "keep.jsonl", "adapter/shl.json", "steered.json", "eval.json")
+    names += [f"{arm}/r{turn}/{part}" for arm in ("healed", "plain") for turn in (0, 1) for part in parts]
+    for at, name in enumerate([*names, "trajectory.png", "report.html"]):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).touch()
+        os.utime(run / name, (2e9 + at, 2e9 + at))  # in make's order
+    assert plan(cwd=run) == []
+    lines = plan("ROUNDS=3", cwd=run)
+    assert len(lines) == 2 * 6 + 2 and lines[-1].startswith("shl report")
+    assert all("/r2/" in line for line in lines[:-2])
+    assert sum("/r1/adapter" in line for line in lines) == 2 * 2  # vector and train of each arm start from there
 
 
 @make
