@@ -92,6 +92,12 @@ class TestPlan:
             assert _tree(tmp_path / folder) == _tree(tmp_path / "whole")
         assert [words[0] for words in calls(script, "whole", **env)] == last
 
+    def test_a_task_of_an_array_runs_its_own_seed_into_its_own_ledger(self, calls):
+        env = {"REGS": "nll", "SLURM_ARRAY_TASK_ID": "3", "SWEEP": str(EXAMPLES / "sweep"), "RUN": "shared"}
+        made = [parse(words) for words in calls("slurm.sh", "cluster", **env)]
+        assert {one["seed"] for one in made if one.get("seed") is not None} == {3}
+        assert {str(one["append"]) for one in made if one.get("append")} == {"shared/results-3.tsv"}
+
     def test_more_rounds_go_on_from_the_last(self, calls):
         calls("loop.sh", "run", ROUNDS="2", RUN="a b")
         later = calls("loop.sh", "run", ROUNDS="3", RUN="a b")

@@ -118,7 +118,7 @@ def test_each_loop_has_its_effects(tiny, tmp_path, kind):
     cfg = GenConfig(coeffs=(0.0, 1.0), max_new_tokens=6, batch_size=8)
     records = list(generate(loaded, PROMPTS, cfg, vector))
     assert [record["coeff"] for record in records] == [0.0, 1.0] * 2
-    assert all(math.isfinite(record["scores"]["ppl"]) for record in records if record["n_tokens"])
+    assert all(math.isfinite(record["scores"]["ppl"]) for record in records if record["scores"]["n_tokens"])
     alone = next(generate(loaded, PROMPTS[:1], GenConfig(coeffs=(0.0,), max_new_tokens=6)))
     assert alone["completion"] == records[0]["completion"]
 

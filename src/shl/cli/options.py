@@ -29,7 +29,9 @@ AllowMismatch = Annotated[
 TrustRemoteCode = Annotated[
     bool | None, Option("--trust-remote-code", help="Run code that comes with a model from the hub.")
 ]
-Device = Annotated[str | None, Option("--device", help="cpu, cuda, cuda:1 … [cuda when there is one]")]
+Device = Annotated[
+    str | None, Option("--device", help="cpu, cuda, cuda:1, mps, or auto: over all GPUs. [cuda when there is one]")
+]
 Dtype = Annotated[
     str | None, Option("--dtype", help="float32, bfloat16 or float16. [float32 on CPU, bfloat16 on a GPU]")
 ]

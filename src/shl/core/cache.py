@@ -101,7 +101,7 @@ def select_rows(cache: DynamicCache, rows: Tensor) -> None:
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             layer.reorder_cache(rows)
         else:
-            layer.batch_select_indices(rows)
+            layer.batch_select_indices(rows.to(layer.keys.device) if layer.is_initialized else rows)
 
 
 def new_cache(loaded: Loaded) -> DynamicCache:

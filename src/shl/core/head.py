@@ -96,7 +96,9 @@ class Head:
 
 def final_states(loaded: Loaded, ids: Tensor) -> Tensor:
     """Hidden states behind the last norm, for rows padded on the right."""
-    return loaded.body(input_ids=ids, use_cache=False).last_hidden_state
+    # a model that is spread over devices may keep its head on another one than its last block
+    states = loaded.body(input_ids=ids, use_cache=False).last_hidden_state
+    return states.to(loaded.model.get_output_embeddings().weight.device)
 
 
 def completion_states(loaded: Loaded, rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
@@ -105,5 +107,5 @@ def completion_states(loaded: Loaded, rows: Sequence[tuple[list[int], list[int]]
     hidden = final_states(loaded, ids)
     row = [k for k, (_, completion) in enumerate(rows) for _ in completion]
     column = [len(prompt) + t for prompt, completion in rows for t in range(len(completion))]
-    where = torch.tensor([row, column], device=ids.device)
+    where, ids = torch.tensor([row, column], device=hidden.device), ids.to(hidden.device)
     return hidden[where[0], where[1] - 1], ids[where[0], where[1]]

@@ -139,7 +139,8 @@ def load(
     """
     ref = find(model_id, revision)
     chain = _chain(adapters, parents)  # before anything heavy, so that a broken chain fails at once
-    where, precision = _place(device, dtype)
+    spread = device == "auto"
+    where, precision = _place(None if spread else device, dtype)
     source = _source(ref, trust_remote_code)
     about = _config(ref, source)
     n_blocks, hidden = layout.sizes(about)
@@ -149,7 +150,8 @@ def load(
     _check_chain(ref, chain, digest, allow_mismatch)
     if vector is not None:
         vector.check_origin(digest, chain_digests(chain), allow_mismatch=allow_mismatch)
-    model, tokenizer = _read(ref, where, precision, source)
+    model, tokenizer = _read(ref, where, precision, source | ({"device_map": _spreading()} if spread else {}))
+    where = model.get_input_embeddings().weight.device if spread else where
     layout.check_decoder(model)
     config, (path, blocks) = model.config.get_text_config(), layout.blocks(model, n_blocks)
     loaded = Loaded(model, tokenizer, ref, digest, chain, where, precision, blocks, path, config)
@@ -181,12 +183,17 @@ def _place(device: str | None, dtype: str | None) -> tuple[torch.device, torch.d
     try:
         where = torch.device(device or (ranks.device() if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
-        raise ShlError(f"unknown device {device!r}", hint="use cpu, cuda or cuda:1") from None
+        raise ShlError(f"unknown device {device!r}", hint="use cpu, cuda, cuda:1 or auto") from None
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (where.index or 0) >= there.get(where.type, 1):
         raise ShlError(
             f"there is no device {device}: PyTorch sees {there[where.type]} of that kind",
             hint="leave --device out, or install the PyTorch build for your GPU",
+        )
+    if dtype in ("4bit", "8bit", "int8", "int4"):
+        raise ShlError(
+            f"weights of {dtype} cannot be steered and merged exactly, and are not supported",
+            hint="use --dtype bfloat16; for serving, quantise the baked checkpoint",
         )
     name = dtype or ("bfloat16" if where.type == "cuda" else "float32")
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -229,7 +236,27 @@ def _read(
             f"cannot load {ref.id}: {len(missing)} of its weights are missing, first of them {missing[0]}",
             hint="a file is missing or damaged; download or copy the model again",
         )
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    if "device_map" not in source:
+        model.to(device)
+    elif (
+        left := sorted({str(place) for place in model.hf_device_map.values()} & {"disk", "cpu"})
+        if device.type != "cpu"
+        else []
+    ):
+        raise ShlError(
+            f"{ref.id} does not fit the GPUs of this machine: parts of it would lie on {' and '.join(left)}",
+            hint="use --dtype bfloat16, more GPUs, or --device cpu",
+        )
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _spreading() -> str:
+    """How a model is laid over several GPUs; the library that does it is asked for first."""
+    from importlib.util import find_spec
+
+    if find_spec("accelerate") is None:
+        raise ShlError("--device auto needs the package accelerate", hint="pip install accelerate")
+    return "auto"
 
 
 def _refuse_stray_shards(ref: ModelRef) -> None:
