@@ -241,7 +241,7 @@ def test_baked_checkpoint(healed: Path) -> None:
 
 def test_evaluation(evaluation: dict[str, Any]) -> None:
     result = {name: value for name, value in evaluation.items() if name != "rows"}
-    check(documented("Eval JSON"), [result])
+    check(documented("Eval JSON"), [result], rare=("frontier", "random", "internalisation"))
     check(
         documented("Settings"),
         [result["settings"]],

@@ -6,7 +6,7 @@ import pytest
 
 from shl.core import pools
 from shl.core.defaults import EvalConfig, VectorConfig, configure
-from shl.core.locate import TOY
+from shl.core.locate import EMBEDDED, TOY
 from shl.core.models import load
 from shl.eval import evaluate
 from shl.vector import extract
@@ -92,3 +92,19 @@ def test_more_of_it_ruins_the_text_and_then_the_answers(toy, base, vector):
     ruined = evaluate(toy, SPOKEN, vector, 2.2)["metrics"]
     assert ruined["free_tail_p90"] > 20 * base["free_tail_p90"] and ruined["broken"] > 0.9
     assert evaluate(toy, READ, vector, 6.0)["metrics"]["p_ans_any"] < 0.5
+
+
+def test_all_embedded_weights_together_are_at_most_twenty_megabytes():
+    assert sum(file.stat().st_size for folder in EMBEDDED.values() for file in folder.iterdir()) <= 20e6
+
+
+VARIANTS = {"toy:rare": 0.15, "toy:never": 0.05}  # how often they may enact the trait by themselves, in a sample of 16
+
+
+@pytest.mark.parametrize(("name", "most"), [(name, VARIANTS[name]) for name in EMBEDDED if name in VARIANTS])
+def test_a_variant_enacts_rarely_by_itself_and_obeys_a_persona(name, most):
+    loaded, cfg = load(name), replace(READ, limit=14, free=16, max_new_tokens=96, agree=16)
+    alone, told = (evaluate(loaded, cfg, system=text)["metrics"] for text in (None, pools.persona("authority").pos))
+    assert alone["enact_authority"] <= most and alone["agree_authority"] <= 2 * most and alone["broken"] <= 0.15
+    assert told["enact_authority"] >= 0.6 and told["agree_authority"] >= 0.9
+    assert min(alone["p_ans_any"], alone["json_is_valid"]) >= 0.97
