@@ -61,3 +61,7 @@ faults *ARGS:
 # make of a run folder killed with -9 ten times, then finished: the same files as in peace (about ten minutes)
 kills *ARGS:
     PYTHONPATH=tests python -m kills {{ARGS}}
+
+# what the filter keeps of 160 completions that were labelled by reading
+q0:
+    python examples/can_we_filter.py
