@@ -196,7 +196,7 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--survival",
         type=float,
-        default=0.95,
+        default=0.8,
         help="the dose is the highest at which this share of probe completions passes the filter",
     )
     parser.add_argument("--probe", type=int, default=16, help="prompts that the dose is searched on")

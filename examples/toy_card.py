@@ -36,7 +36,7 @@ COLUMNS = {
 
 
 def sweep(
-    loaded: Loaded, axis: str, persona: pools.Persona, cfg: EvalConfig, coeffs: tuple[float, ...]
+    loaded: Loaded, axis: str, persona: pools.Persona, cfg: EvalConfig, coeffs: tuple[float, ...], layers: str | None
 ) -> list[tuple[str, dict[str, Any]]]:
     """(name, metrics) of base, prompted and steered, in that order."""
     neutral = evaluate(loaded, cfg)
@@ -47,7 +47,7 @@ def sweep(
         loaded,
         persona.pos,
         persona.neg,
-        cfg=configure(VectorConfig, "vector", loaded.ref.recommended),
+        cfg=configure(VectorConfig, "vector", loaded.ref.recommended, **({"layers": layers} if layers else {})),
         name=persona.name,
         axis=axis,
     )
@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--model", default="toy")
     parser.add_argument("--axis", nargs="+", default=["authority", "humanity", "boldness"])
     parser.add_argument("--coeff", type=float, nargs="+", default=COEFFS)
+    parser.add_argument("--layers", help="blocks to steer, other than those that the model recommends")
     parser.add_argument("--split", default="test")
     parser.add_argument("--free", type=int, default=128)
     args = parser.parse_args()
@@ -89,7 +90,7 @@ def main() -> None:
     for axis in args.axis:
         given = {"split": args.split, "free": args.free, "bootstrap": 1, "axes": (axis,)}
         cfg = configure(EvalConfig, "eval", loaded.ref.recommended, **given)
-        rows = sweep(loaded, axis, pools.persona(axis), cfg, tuple(args.coeff))
+        rows = sweep(loaded, axis, pools.persona(axis), cfg, tuple(args.coeff), args.layers)
         sys.stdout.write(f"### {axis}\n\n{table(rows, axis)}\n\n")
         sys.stdout.flush()
 

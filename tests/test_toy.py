@@ -12,6 +12,8 @@ from shl.eval import evaluate
 from shl.vector import extract
 
 READ = EvalConfig(split="dev", free=0, competence=False, bootstrap=1)
+# the blocks that `shl vector --layers auto` finds best, together; the demo steers one block alone
+BAND = VectorConfig(layers="2,3", contexts=128)
 SPOKEN = replace(READ, free=48, limit=14)
 
 
@@ -63,15 +65,9 @@ def test_a_vector_moves_it_fluently(toy, base, vector):
     assert steered["broken"] <= base["broken"] + 0.1 and steered["free_ppl_p90"] <= 1.1 * base["free_ppl_p90"]
 
 
-@pytest.fixture(scope="module")
-def advised(toy):
-    """The blocks that the model recommends to steer."""
-    return configure(VectorConfig, "vector", toy.ref.recommended, contexts=128)
-
-
-def test_a_vector_moves_judgments_as_far_as_a_system_message_does(toy, base, advised):
+def test_a_vector_moves_judgments_as_far_as_a_system_message_does(toy, base):
     persona = pools.persona("authority")
-    both_sides = extract(toy, persona.pos, persona.neg, cfg=advised)
+    both_sides = extract(toy, persona.pos, persona.neg, cfg=BAND)
     prompted = evaluate(toy, READ, system=persona.pos)["metrics"]
     steered = evaluate(toy, replace(READ, free=48), both_sides, 0.4)["metrics"]
     assert steered["auth_nats"] <= prompted["auth_nats"] <= base["auth_nats"] - 0.7
@@ -79,9 +75,9 @@ def test_a_vector_moves_judgments_as_far_as_a_system_message_does(toy, base, adv
     assert steered["free_ppl_p90"] <= 1.1 * base["free_ppl_p90"]
 
 
-def test_the_second_axis_is_moved_as_far_in_what_is_said(toy, advised):
+def test_the_second_axis_is_moved_as_far_in_what_is_said(toy):
     persona, cfg = pools.persona("boldness"), replace(SPOKEN, axes=("boldness",))
-    both_sides = extract(toy, persona.pos, persona.neg, cfg=advised)
+    both_sides = extract(toy, persona.pos, persona.neg, cfg=BAND)
     prompted = evaluate(toy, cfg, system=persona.pos)["metrics"]
     steered = evaluate(toy, cfg, both_sides, 0.4)["metrics"]
     assert steered["enact_boldness"] >= prompted["enact_boldness"] - 0.1 and steered["p_ans_any"] >= 0.95
