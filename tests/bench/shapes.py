@@ -62,11 +62,7 @@ def lines(model: Path, out: Path, tiny: bool) -> list[list[str]]:
     where = ["--dtype", "bfloat16"]
     less = ["-n", "7", "--free", "2"] if few else []
     vec, gen, keep, adapter = (str(out / name) for name in ("v.safetensors", "gen.jsonl", "keep.jsonl", "adapter"))
-    off = [
-        text
-        for name in ("ppl", "tail-ppl", "rep", "rel-ppl", "rel-tail-ppl", "rel-nats")
-        for text in (f"--{name}", "none")
-    ]
+    off = [text for name in ("max-rep", "rel-ppl", "rel-tail-ppl", "rel-nats") for text in (f"--{name}", "none")]
     size = ["-n", "4"] if few else ["-n", "64"]
     tokens = ["--max-new-tokens", "16" if few else "256"]
     return [
