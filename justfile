@@ -65,3 +65,7 @@ kills *ARGS:
 # what the filter keeps of 160 completions that were labelled by reading
 q0:
     python examples/can_we_filter.py
+
+# the healing step against a plain step and TRL's SFTTrainer: speed and memory (half an hour on two idle cores)
+bench-train *ARGS:
+    python tests/bench/train.py {{ARGS}}

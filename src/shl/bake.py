@@ -47,6 +47,11 @@ def bake(
         raise ShlError(f"unknown kind {as_!r}", hint=f"use --as {'|'.join(KINDS)}")
     if not loaded.chain:
         raise ShlError("there is nothing to bake: the chain is empty", hint="name adapters: shl bake DIR... -o OUT")
+    if as_ == "model" and loaded.beside:
+        raise ShlError(
+            f"the weights of {loaded.ref.id} are quantised, so no chain can be merged into them",
+            hint="bake one adapter instead: --as lora; or bake onto the model's own weights with --model",
+        )
     refuse_existing(out, force)
     if any(Path(adapter.path).resolve() == out.resolve() for adapter in loaded.chain):
         raise ShlError(f"{out} is part of the chain that is baked", hint="choose another -o")

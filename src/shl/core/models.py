@@ -15,6 +15,7 @@ from shl.core.chat import Chat, Messages
 from shl.core.errors import InputError, Mismatch, ShlError
 from shl.core.locate import ModelRef, find, local_digest, parse_layers
 from shl.core.memory import ran_out
+from shl.core.quantised import check_loadable, is_quantised, put_beside
 from shl.core.strict import read_object
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Loaded:
     blocks_at: str
     text_config: PreTrainedConfig = field(repr=False)
     originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    beside: list[str] = field(default_factory=list, repr=False)  # quantised modules that the chain acts beside
     head_checked: bool = False
     fits: dict[str, int] = field(default_factory=dict, repr=False)  # rows at once, where memory ran out with more
     _depth: int = 0
@@ -103,6 +105,11 @@ class Loaded:
             if self._depth == 0:
                 self._swap()
 
+    @property
+    def at_base(self) -> bool:
+        """Whether the weights are those without the chain at the moment."""
+        return self._depth > 0
+
     def _swap(self) -> None:
         params = dict(self.model.named_parameters()) if self.originals else {}
         for name, other in self.originals.items():
@@ -143,6 +150,8 @@ def load(
     where, precision = _place(None if spread else device, dtype)
     source = _source(ref, trust_remote_code)
     about = _config(ref, source)
+    if check_loadable(ref, about):  # such weights are packed on their way to the device
+        source["device_map"] = {"": str(where)}
     n_blocks, hidden = layout.sizes(about)
     if vector is not None:  # before a byte of the weights is read, even for their digest
         vector.check_fit(ref.id, n_blocks, hidden)
@@ -323,7 +332,10 @@ def rechain(loaded: Loaded, chain: Sequence[Adapter]) -> None:
 
 
 def _merge(loaded: Loaded) -> None:
-    """Add the chain to the weights in float32; the untouched tensors stay for `Loaded.base`."""
+    """Add the chain to the weights in float32; the untouched tensors stay for `Loaded.base`.
+
+    Quantised weights are left alone: there the chain acts beside them.
+    """
     if not loaded.chain:
         return
     import torch
@@ -333,6 +345,9 @@ def _merge(loaded: Loaded) -> None:
     params = dict(loaded.model.named_parameters())
     with torch.no_grad():
         for name, (a, b) in deltas(loaded.chain).items():
+            if name in params and is_quantised(params[name]):
+                put_beside(loaded, name.removesuffix(".weight"), a, b)
+                continue
             if name not in params or params[name].shape != (b.shape[0], a.shape[1]):
                 raise Mismatch(
                     f"the adapter changes {name}, which {loaded.ref.id} does not have in that shape",
