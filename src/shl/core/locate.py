@@ -13,8 +13,8 @@ from shl.core.provenance import digest_file, digest_of
 from shl.core.strict import read_object
 
 TOY = Path(__file__).parent.parent / "toy" / "weights"
-# The embedded model, and what it would be if its neutral answers never enacted the trait, not 40% of the time.
-EMBEDDED = {"toy": TOY, "toy:never": TOY.with_name("weights-never")}
+# The embedded model, and what it would be if its neutral answers enacted the trait 5% or 0% of the time, not 40%.
+EMBEDDED = {"toy": TOY, "toy:rare": TOY.with_name("weights-rare"), "toy:never": TOY.with_name("weights-never")}
 
 
 @dataclass(frozen=True)
