@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from shl.core import pools
-from shl.core.defaults import EvalConfig, VectorConfig, configure
+from shl.core.defaults import EvalConfig, VectorConfig
 from shl.core.locate import EMBEDDED, TOY
 from shl.core.models import load
 from shl.eval import evaluate
