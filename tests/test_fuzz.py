@@ -15,6 +15,7 @@ from fuzz.readers import READERS, Defect, check
 from fuzz.seeds import evaluation, lines, record, sound
 from shl import info, results
 from shl.core import records, strict
+from shl.core.best import finite
 from shl.core.defaults import EvalConfig, FilterConfig, TrainConfig, configure
 from shl.core.errors import InputError, ShlError
 from shl.core.evaluations import read_evaluation
@@ -36,7 +37,7 @@ json_values = st.recursive(
 def test_damage_is_refused_in_a_sentence_or_does_not_matter(kind):
     went, defects = fuzz.run(50, seed=7, kinds=(kind,))
     assert not defects and went.total() == 50
-    assert went[f"{kind} refused"] > 5 or kind == "plain"
+    assert went[f"{kind} refused"] > 5 or kind in ("plain", "run")  # a report tells of damage on its page
 
 
 def test_a_case_follows_from_its_name(tmp_path):
@@ -137,7 +138,7 @@ def test_any_row_of_a_ledger_comes_back_and_runs_nowhere(tmp_path, row):
     assert len(back) == len({name.encode("utf-8", "replace") for name in row})
     for line in path.read_text(encoding="utf-8").split("\n"):
         for cell in line.split("\t"):
-            number = results.number(cell) is not None
+            number = finite(cell) is not None
             assert number or not cell.lstrip().startswith(("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20"))
 
 

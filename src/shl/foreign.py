@@ -5,7 +5,6 @@ The layer convention is the whole difficulty. Ours: `layer{i}.v` is added to the
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +53,12 @@ def _tensors_only(path: Path | str) -> Any:
         raise InputError("there is no such file", where=str(path))
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise InputError(
-            "holds more than tensors and plain values, so reading it could run code", where=str(path),
-            hint="where you trust it, load it and save the tensor alone: torch.save(tensor, 'v.pt')",
-        ) from None  # fmt: skip
     except Exception as error:  # whatever a damaged archive leads the loader into
+        if type(error).__name__ == "UnpicklingError":
+            raise InputError(
+                "holds more than tensors and plain values, so reading it could run code", where=str(path),
+                hint="where you trust it, load it and save the tensor alone: torch.save(tensor, 'v.pt')",
+            ) from None  # fmt: skip
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"is not a file of torch.save, or a damaged one ({reason})", where=str(path)) from None
 
