@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from shl import eval as ev
 from shl.core import agree, free, moral, pools, stats, vignettes
 from shl.core import format as fmt
 from shl.core import slot as slot_module
+from shl.core.beginning import Beginning
 from shl.core.chat import with_system
 from shl.core.defaults import EvalConfig
 from shl.core.errors import ShlError
@@ -96,7 +98,8 @@ def test_a_beginning_that_all_share_is_computed_once_and_changes_nothing(each, m
     slot = find_slot(each)
     long = "You are a person who cares about others more than about rules, whoever asks, whatever the order says."
     contexts = [each.encode_prompt(messages) for messages in asked(long, n=4)]
-    assert slot_module._start(each, contexts)[0] >= 30
+    body = partial(each.body, use_cache=True)
+    assert Beginning.of(each, contexts, [1] * len(contexts), slot_module.LEAST_SHARED, body).length >= 30
     once = read_slot(each, contexts, slot, 3)
     monkeypatch.setattr(slot_module, "LEAST_SHARED", 10_000)
     apart = read_slot(each, contexts, slot, 3)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
-from shl.core.chat import join_system, with_system
+from shl.core.chat import under
 from shl.core.console import note
 from shl.core.defaults import DoseConfig, VectorConfig
 from shl.core.errors import BelowGate, ShlError
@@ -86,16 +86,13 @@ def candidates(n_blocks: int) -> list[int]:
 def _effect(loaded: Loaded, records: list[dict[str, Any]], pos: str, neg: str | None) -> tuple[float, float]:
     """Mean log odds of the answers, in nats, and its standard error."""
     with loaded.base():
-        under = [_surprise(loaded, records, persona) for persona in (pos, neg)]
-    odds = [minus - plus for plus, minus in zip(*under, strict=True)]
+        for_, against = (_surprise(loaded, records, persona) for persona in (pos, neg))
+    odds = [b - a for a, b in zip(for_, against, strict=True)]
     return fmean(odds), stdev(odds) / math.sqrt(len(odds)) if len(odds) > 1 else math.inf
 
 
 def _surprise(loaded: Loaded, records: list[dict[str, Any]], persona: str | None) -> list[float]:
     """-ln p of each whole answer under a persona."""
-    asked, answered = [], []
-    for record in records:
-        own = [message["content"] for message in record["prompt"] if message["role"] == "system"]
-        asked.append(loaded.encode_prompt(with_system(record["prompt"], join_system(persona, *own))))
-        answered.append(loaded.encode_completion(record["completion"][0]["content"], end=False))
+    asked = [loaded.encode_prompt(under(record["prompt"], persona)) for record in records]
+    answered = [loaded.encode_completion(record["completion"][0]["content"], end=False) for record in records]
     return [float(nll.double().sum()) for nll in nll_per_token(loaded, asked, answered)]

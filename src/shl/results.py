@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from shl import __version__
-from shl.core.best import BOLD, NO_BOLD, arms, best, finite
+from shl.core.best import BOLD, NO_BOLD, arms, best
 from shl.core.console import plain, warn
 from shl.core.errors import InputError
 from shl.core.files import atomic_file, default_mode
+from shl.core.metrics import finite
 from shl.core.provenance import argv, canonical, commit
 
 Row = dict[str, str]

@@ -79,7 +79,7 @@ def heal(
         good = run.good
         meta = _meta(loaded, cfg, used, where) | {"n_train": len(train), "n_holdout": len(held), "lam": run.lam}
         meta |= {"epochs_run": len(good.rows) - 1, "epoch_kept": good.epoch}
-        meta |= {"update_norms": good.norms, "operator_norms": good.largest}
+        meta |= {"update_norms": good.sizes.norms, "operator_norms": good.sizes.largest}
         with atomic_dir(where, force) as folder:
             digest = write_adapter(folder, good.tensors, config, meta | facts)
             (folder / "log.jsonl").write_text("".join(dumps(row) + "\n" for row in good.rows), encoding="utf-8")
@@ -90,7 +90,7 @@ def heal(
         with injected(loaded, config, run.generator("start")) as lora:
             run.fit(lora, part)
             own = own_answers(loaded, cfg, [*held, *train])
-        total, rows = total_norm(run.good.norms), run.good.rows
+        total, rows = total_norm(run.good.sizes.norms), run.good.rows
         if not 0 < total < math.inf:
             raise ShlError(f"the adapter did not move: its norm is {total}", hint="raise --lr or --epochs")
         rows[-1] |= quantiles("own_kl", own_divergence(loaded, cfg, own, run.reg))

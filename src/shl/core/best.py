@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from shl.core.metrics import is_trait
+from shl.core.metrics import finite, is_trait
 from shl.core.metrics import metric as metric_of
 from shl.core.runs import REFERENCES
 
@@ -73,12 +72,3 @@ def _broken(row: Row) -> bool:
 
 def _numbers(rows: Sequence[Row], metric: str) -> list[float]:
     return [value for row in rows if (value := finite(row.get(metric, ""))) is not None]
-
-
-def finite(text: str) -> float | None:
-    """A cell as a finite number, or None."""
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None

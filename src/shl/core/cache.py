@@ -60,18 +60,9 @@ class GrowingLayer(DynamicLayer):
             self.keys, self.values = self._room_k[:, :, :used], self._room_v[:, :, :used]
 
 
-def _odd(cache: DynamicCache) -> set[str]:
-    return {type(layer).__name__ for layer in cache.layers} - {"GrowingLayer", "DynamicSlidingWindowLayer"}
-
-
-def replaceable(cache: DynamicCache) -> bool:
-    """Does the cache hold the states of tokens, row by row, and no running state instead of them?"""
-    return not _odd(cache)
-
-
 def check_replaceable(cache: DynamicCache) -> None:
-    """Refuse a cache whose rows cannot be replaced."""
-    if odd := _odd(cache):
+    """Refuse a cache whose rows cannot be replaced, such as one that holds a running state instead of tokens."""
+    if odd := {type(layer).__name__ for layer in cache.layers} - {"GrowingLayer", "DynamicSlidingWindowLayer"}:
         raise ShlError(f"rows of a cache with {', '.join(sorted(odd))} cannot be rewound", hint="leave --backtrack out")
 
 

@@ -35,6 +35,11 @@ def join_system(*texts: str | None) -> str | None:
     return "\n\n".join(given) if given else None
 
 
+def under(messages: Messages, system: str | None) -> Messages:
+    """The messages with a system text in front of any that they have of their own."""
+    return with_system(messages, join_system(system, *(m["content"] for m in messages if m["role"] == "system")))
+
+
 def fold_system(messages: Messages) -> Messages:
     """The system text put in front of the first user turn, for templates that know no system role."""
     system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")

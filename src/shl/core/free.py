@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from shl.core import pools
-from shl.core.chat import join_system, with_system
+from shl.core.chat import join_system, under, with_system
 from shl.core.console import Rate, progress
 from shl.core.decode import Completion, Sampling, decode
 from shl.core.defaults import EvalConfig
@@ -114,11 +114,7 @@ def _score_once_more(loaded: Loaded, cfg: EvalConfig, rows: list[Row], texts: li
 def _add_ppl(
     model: Loaded, cfg: EvalConfig, rows: list[Row], texts: list[str], systems: Sequence[str | None], name: str
 ) -> None:
-    prompts = [
-        with_system(row["prompt"], join_system(system, *(m["content"] for m in row["prompt"] if m["role"] == "system")))
-        for row, system in zip(rows, systems, strict=True)
-    ]
-    asked = [model.encode_prompt(messages) for messages in prompts]
+    asked = [model.encode_prompt(under(row["prompt"], system)) for row, system in zip(rows, systems, strict=True)]
     answered = [model.encode_completion(text, end=False) for text in texts]
     for row, nll in zip(rows, nll_per_token(model, asked, answered, cfg.batch_size), strict=True):
         row[name] = perplexity(nll)

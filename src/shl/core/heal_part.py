@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from shl.core import console, strict
-from shl.core.errors import InputError, Mismatch
+from shl.core.errors import InputError
 from shl.core.litter import Claim
+from shl.core.part import refuse_other
 from shl.core.provenance import read_safetensors
 from shl.core.records import dumps
 from shl.core.tensors import save_safetensors
@@ -36,7 +37,7 @@ class Checkpoint:
             if force:
                 self.drop()
             elif self.path.exists():
-                self._check(self._read())
+                refuse_other(self._read()["settings"], self.settings, f"{self.path} is left from a training")
         except BaseException:
             self.release()
             raise
@@ -50,16 +51,6 @@ class Checkpoint:
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"is not the state of a training: {error}", where=str(self.path), hint=_AGAIN) from error
         return found
-
-    def _check(self, state: dict[str, Any]) -> None:
-        """Refuse to continue what was begun with other settings."""
-        begun = state["settings"]
-        changed = sorted(k for k in begun.keys() | self.settings.keys() if begun.get(k) != self.settings.get(k))
-        if changed:
-            raise Mismatch(
-                f"{self.path} is left from a training with another {', '.join(changed)}",
-                hint="repeat the line that began it, or add --force to start again",
-            )
 
     def save(
         self, run: Run, lora: Lora, optimiser: torch.optim.Optimizer, shuffle: torch.Generator, rows: list[Any]

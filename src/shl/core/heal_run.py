@@ -21,7 +21,7 @@ from shl.core.heal_log import COLUMNS, Epoch, mean, quantiles, total_norm
 from shl.core.heal_loss import Losses, combine, token_losses
 from shl.core.heal_own import reference
 from shl.core.heal_part import Checkpoint
-from shl.core.lora import Lora, first_block
+from shl.core.lora import Lora, Sizes, first_block
 from shl.core.memory import batched
 from shl.core.models import Loaded
 from shl.core.seeds import seed_of
@@ -37,8 +37,7 @@ class State(NamedTuple):
 
     epoch: int
     tensors: dict[str, Tensor]
-    norms: dict[str, float]  # Frobenius norm of each module's update
-    largest: dict[str, float]  # and its largest singular value
+    sizes: Sizes  # of each module's update
     rows: list[dict[str, Any]]
 
 
@@ -70,7 +69,7 @@ class Run:
         self.step = 0
         self.open: set[int] = set()  # indices of the examples whose barrier was open when they were last seen
         self.best: tuple[int, dict[str, Tensor]] | None = None  # epoch of the lowest held-out nll, with --patience
-        self.good = State(0, {}, {}, {}, [])
+        self.good = State(0, {}, Sizes({}, {}), [])
         self.number = {id(one): i for i, one in enumerate([*train, *held])}
         self.head = Head.of(loaded)
         self.head.check(loaded, train[0].ids)
@@ -125,8 +124,10 @@ class Run:
             lora.parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True
         )
         with self.below.standing_in(cfg.checkpointing), console.watch("healing", COLUMNS, self.total) as view:
-            rows = part.restore(self, lora, optimiser, shuffle) or [self._row(0, Epoch(), lora)]
-            self._settle(lora, rows)
+            rows = part.restore(self, lora, optimiser, shuffle)
+            sizes = self._sizes(lora)
+            rows = rows or [self._row(0, Epoch(), sizes)]
+            self.good = State(len(rows) - 1, lora.tensors(), sizes, rows)
             for row in rows:
                 view.row(row)
             view.advance(self.step)
@@ -140,22 +141,24 @@ class Run:
                     group = [[self.train[i] for i in batch] for batch in plan[at : at + cfg.grad_accum]]
                     self._update(lora, optimiser, group, seen)
                     view.advance(epoch=epoch, nll=sum(seen.nll[-len(group[-1]) :]) / len(group[-1]))
-                rows = [*rows, self._row(epoch, seen, lora)]
+                sizes = self._sizes(lora)
+                rows = [*rows, self._row(epoch, seen, sizes)]
                 view.row(rows[-1])
                 if cfg.patience and rows[-1]["holdout_nll"] == min(row["holdout_nll"] for row in rows):
                     self.best = epoch, lora.tensors()
-                self._settle(lora, rows)
+                self.good = State(epoch, lora.tensors(), sizes, rows)
                 if epoch < cfg.epochs:
                     part.save(self, lora, optimiser, shuffle, rows)
         if self.best is not None and self.best[0] < len(rows) - 1:
             lora.put(self.best[1])
-            self._settle(lora, rows, self.best[0])
+            self.good = State(self.best[0], lora.tensors(), lora.sizes(), rows)
 
     @torch.no_grad()
-    def _settle(self, lora: Lora, rows: list[dict[str, Any]], epoch: int | None = None) -> None:
-        """The adapter as it is now is good."""
-        largest = {path: float(norm) for path, norm in lora.operator_norms().items()}
-        self.good = State(len(rows) - 1 if epoch is None else epoch, lora.tensors(), lora.norms(), largest, rows)
+    def _sizes(self, lora: Lora) -> Sizes:
+        """How large the update is, which has to be finite for that."""
+        for weight in lora.parameters:
+            self._finite(weight.abs().max(), "the adapter")
+        return lora.sizes()
 
     def _enough(self, rows: list[dict[str, Any]]) -> bool:
         """Whether the held-out nll has stopped falling."""
@@ -209,11 +212,9 @@ class Run:
             )
 
     @torch.no_grad()
-    def _row(self, epoch: int, seen: Epoch, lora: Lora) -> dict[str, Any]:
+    def _row(self, epoch: int, seen: Epoch, sizes: Sizes) -> dict[str, Any]:
         """One line of the log. What was not measured is null."""
         kl = torch.cat(seen.kl) if seen.kl else None
-        for weight in lora.parameters:
-            self._finite(weight.abs().max(), "the adapter")
         held_nll, held_kl = self._held_out()
         row: dict[str, Any] = {
             "epoch": epoch,
@@ -225,8 +226,8 @@ class Run:
             "grad_norm": mean(seen.grad),
             "holdout_nll": held_nll,
             **quantiles("holdout_kl", held_kl),
-            "update_norm": total_norm(lora.norms()),
-            "operator_norm": float(lora.operator_norm()),
+            "update_norm": total_norm(sizes.norms),
+            "operator_norm": sizes.mean_largest,
         }
         for name, value in row.items():
             self._finite(value or 0.0, name)

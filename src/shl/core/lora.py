@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,18 @@ def intact(model: nn.Module) -> Iterator[None]:
             vars(model).pop("peft_config", None)
 
 
+class Sizes(NamedTuple):
+    """Frobenius norm of each module's update, and its largest singular value."""
+
+    norms: dict[str, float]
+    largest: dict[str, float]
+
+    @property
+    def mean_largest(self) -> float:
+        """Mean over modules, in the float32 that each was found in."""
+        return float(torch.tensor(list(self.largest.values())).mean())
+
+
 class Lora:
     """The factors in training, in float32: a [rank, in] and b [out, rank] for each module, delta = scaling * b @ a."""
 
@@ -114,6 +126,11 @@ class Lora:
             a, b = self.a[path].double(), self.b[path].double()
             out[path] = self.scaling * math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
         return out
+
+    @torch.no_grad()
+    def sizes(self) -> Sizes:
+        """How large the update of each module is now."""
+        return Sizes(self.norms(), {path: float(norm) for path, norm in self.operator_norms().items()})
 
     def operator_norm(self) -> Tensor:
         """Mean over modules of the update's largest singular value, differentiable, with zero gradient at zero.

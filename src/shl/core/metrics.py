@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 
 class Metric(NamedTuple):
@@ -68,3 +69,12 @@ def metric(name: str) -> Metric:
 def is_trait(name: str) -> bool:
     """Whether a metric is moved by a persona; which way is better is then the persona's own choice."""
     return name.endswith(("_nats", "_clr")) or name.startswith(("enact_", "agree_"))
+
+
+def finite(value: Any) -> float | None:
+    """A metric from JSON or from a ledger's text as a finite number; an empty or odd cell is none."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        return None
+    return found if math.isfinite(found) else None

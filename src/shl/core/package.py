@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from shl.core import moral, vignettes
+from shl.core.chat import fold_system
 from shl.core.console import note
 from shl.core.decode import Sampling, decode
 from shl.core.defaults import EvalConfig
@@ -158,7 +159,7 @@ class _Tokenizer:
     def apply_chat_template(self, messages: list[dict[str, str]], **kwargs: Any) -> str:
         if self._system is not None and kwargs.get("add_generation_prompt"):
             messages = [{"role": "system", "content": self._system}, *messages]
-            messages = messages if self._chat.knows_system else _folded(messages)
+            messages = messages if self._chat.knows_system else fold_system(messages)
         return self._real.apply_chat_template(messages, **kwargs)
 
     def __call__(self, text: str | list[str], padding: bool = False, **kwargs: Any) -> Any:
@@ -176,12 +177,6 @@ class _Tokenizer:
             self._real(texts, add_special_tokens=kwargs["add_special_tokens"])["input_ids"], torch.device("cpu")
         )
         return BatchEncoding({"input_ids": ids.masked_fill(mask == 0, self.pad_token_id), "attention_mask": mask})
-
-
-def _folded(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    from shl.core.chat import fold_system
-
-    return fold_system(messages)
 
 
 def _pad(loaded: Loaded) -> tuple[str, int]:

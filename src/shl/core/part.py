@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +14,16 @@ from shl.core.errors import Mismatch, ShlError
 from shl.core.files import atomic_file, guarded_stdout, publish, refuse_existing
 from shl.core.litter import Claim
 from shl.core.strict import loads, read_object
+
+_AGAIN = "add --force to start again"
+
+
+def refuse_other(begun: Mapping[str, Any], settings: Mapping[str, Any], what: str) -> None:
+    """Refuse to continue with other settings than something unfinished was begun with."""
+    changed = sorted(k for k in begun.keys() | settings.keys() if begun.get(k) != settings.get(k))
+    if changed:
+        hint = f"repeat the line that began it, or {_AGAIN}"
+        raise Mismatch(f"{what} with another {', '.join(changed)}", hint=hint)
 
 
 class PartFile:
@@ -60,14 +70,8 @@ class PartFile:
     def _check_settings(self) -> None:
         """Refuse to continue what was begun with other settings."""
         if not self.plan.exists():
-            raise ShlError(f"{self.part} has no {self.plan.name} beside it", hint="add --force to start again")
-        begun = read_object(self.plan, "add --force to start again")
-        changed = sorted(k for k in begun.keys() | self.settings.keys() if begun.get(k) != self.settings.get(k))
-        if changed:
-            raise Mismatch(
-                f"{self.part} was begun with another {', '.join(changed)}",
-                hint="repeat the line that began it, or add --force to start again",
-            )
+            raise ShlError(f"{self.part} has no {self.plan.name} beside it", hint=_AGAIN)
+        refuse_other(read_object(self.plan, _AGAIN), self.settings, f"{self.part} was begun")
 
     @contextmanager
     def writer(self) -> Iterator[IO[str]]:

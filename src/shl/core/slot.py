@@ -6,16 +6,15 @@ probabilities are over the full vocabulary in float32.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shl.core.batches import right_pad
-from shl.core.cache import keeps_tokens, new_cache
+from shl.core.beginning import Beginning
 from shl.core.console import progress
 from shl.core.decode import Sampling, decode
 from shl.core.errors import ShlError
@@ -27,7 +26,6 @@ from shl.core.stats import Array
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import DynamicCache
 
 # Positions at and behind index `seam` of a context lie `size` further on: how some protocols leave padding between.
 Gap = tuple[int, int]
@@ -81,7 +79,10 @@ def read_slot(
     with torch.inference_mode(), progress("forced choice", len(contexts)) as bar:
         head = Head.of(loaded)
         head.check(loaded, contexts[0])
-        start = None if gaps else _start(loaded, contexts)
+        start = Beginning()
+        if not gaps:
+            body = partial(loaded.body, use_cache=True)
+            start = Beginning.of(loaded, contexts, [1] * len(contexts), LEAST_SHARED, body)
         read_so_far: list[int] = []
 
         def read(rows: Sequence[int]) -> tuple[Array, Array]:
@@ -101,27 +102,11 @@ def read_slot(
     return Reading(logp, nll)
 
 
-def _start(loaded: Loaded, contexts: Sequence[list[int]]) -> tuple[int, DynamicCache] | None:
-    """The longest beginning that all contexts share, and its states; None where it is not worth it."""
-    import torch
-
-    ends = zip(min(contexts), max(contexts), strict=False)  # the two that differ first, among all
-    shared = min(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends)), min(map(len, contexts)) - 1)
-    if len(contexts) < 2 or shared < LEAST_SHARED:
-        return None
-    cache = new_cache(loaded)
-    if not keeps_tokens(cache):
-        return None
-    ids = torch.tensor([contexts[0][:shared]], device=loaded.device)
-    loaded.body(input_ids=ids, past_key_values=cache, use_cache=True)
-    return shared, cache
-
-
 def _states(
     loaded: Loaded,
     contexts: list[list[int]],
     slot: Slot,
-    start: tuple[int, DynamicCache] | None,
+    start: Beginning,
     gaps: Sequence[Gap] | None,
 ) -> Tensor:
     """Final hidden states that predict the prefill and the answer, [rows, prefill + 1, hidden].
@@ -130,12 +115,11 @@ def _states(
     """
     import torch
 
-    skip, cache = (start[0], copy.deepcopy(start[1])) if start else (0, None)
+    skip, cache = start.length, start.spread(len(contexts))
     ids = right_pad([context[skip:] + slot.prefill for context in contexts], loaded.device)
     positions = torch.arange(skip, skip + ids.shape[1], device=loaded.device).expand(len(ids), -1)
     extra: dict[str, Any] = {}
     if cache is not None:
-        cache.batch_repeat_interleave(len(contexts))
         extra = {"past_key_values": cache}
     if gaps:
         moved = [[size * (at >= seam) for at in range(ids.shape[1])] for seam, size in gaps]

@@ -9,10 +9,11 @@ from statistics import fmean, median
 from typing import Any
 
 from shl.core.errors import ShlError
+from shl.core.metrics import finite
 from shl.core.records import Record, read_records
 from shl.core.runs import Round, evaluations, rounds
-from shl.plot.path import Row, gathered_rows, split_arm
-from shl.plot.style import FLOOR, POINTS, Line, Panel, check_format, fade, number, save, sheet
+from shl.plot.path import Row, gathered_rows, means, split_arm
+from shl.plot.style import FLOOR, POINTS, Line, Panel, check_format, fade, save, sheet
 
 TEXT = {
     "kept": "kept by the filter, share",
@@ -106,8 +107,8 @@ def _text(records: Sequence[Record], kept: set[str] | None, curve: Curve) -> Non
     for record in records:
         doses.setdefault(float(record.get("coeff") or 0.0), []).append(record)
     for coeff, rows in sorted(doses.items()):
-        ppl = sorted(value for row in rows if (value := number(_score(row, "ppl"))) is not None)
-        rep = [value for row in rows if (value := number(_score(row, "rep"))) is not None]
+        ppl = sorted(value for row in rows if (value := finite(_score(row, "ppl"))) is not None)
+        rep = [value for row in rows if (value := finite(_score(row, "rep"))) is not None]
         if coeff and kept is not None:  # a control is never kept
             curve.put("kept", coeff, sum(row["id"] in kept for row in rows) / len(rows))
         curve.put("ppl_p50", coeff, median(ppl) if ppl else None)
@@ -125,7 +126,7 @@ def _scored(rows: Sequence[Row], curves: dict[tuple[str, int | None], Curve]) ->
     levels: dict[str, list[Row]] = {}
     for row in rows:
         arm, steered = split_arm(row)
-        coeff, turn = number(row.get("coeff")), number(row.get("round"))
+        coeff, turn = finite(row.get("coeff")), finite(row.get("round"))
         if steered and coeff is not None:
             key = (arm, None if turn is None else int(turn))
             cells.setdefault(key, {}).setdefault(coeff, []).append(row)
@@ -140,9 +141,7 @@ def _scored(rows: Sequence[Row], curves: dict[tuple[str, int | None], Curve]) ->
 
 
 def _means(rows: Sequence[Row]) -> dict[str, float]:
-    names = {*SCORED, *(name for row in rows for name in row if name.startswith("enact_"))}
-    found = {name: [v for row in rows if (v := number(row.get(name))) is not None] for name in names}
-    return {name: fmean(values) for name, values in found.items() if values}
+    return means(rows, {*SCORED, *(name for row in rows for name in row if name.startswith("enact_"))})
 
 
 def _panels(curves: Sequence[Curve], levels: Mapping[str, Mapping[str, float]]) -> list[Panel]:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from shl.core import runs
 from shl.core.errors import InputError, ShlError
 from shl.core.evaluations import read_evaluation
+from shl.core.metrics import finite
 from shl.plot import style
-from shl.plot.style import POINTS, Line, Panel, number
+from shl.plot.style import POINTS, Line, Panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +23,7 @@ Row = Mapping[str, Any]
 Source = Sequence[Row] | Path | str | Iterable[Path | str | Row]
 
 PANELS = ("p_ans_any", "json_is_valid", "broken", "free_ppl_p90")
+READ = ("auth_nats", "care_nats", *PANELS)
 _STEERED = runs.STEERED
 _LABELS = {
     "p_ans_any": "1 - answer mass",
@@ -83,7 +85,7 @@ def gathered_rows(source: Source) -> list[Row]:
 def split_arm(row: Row) -> tuple[str, bool]:
     """The arm of a row, and whether it was steered: a ledger calls the steered rows of an arm `<arm>-steered`."""
     arm = str(row.get("arm") or "")
-    steered = row.get("kind") == _STEERED or bool(row.get("vector") and number(row.get("coeff")))
+    steered = row.get("kind") == _STEERED or bool(row.get("vector") and finite(row.get("coeff")))
     return (arm.removesuffix("-" + _STEERED), True) if steered or arm == _STEERED else (arm, False)
 
 
@@ -93,31 +95,28 @@ def _gather(rows: Iterable[Row]) -> tuple[dict[str, dict[str, float]], list[Path
     teachers: dict[str, dict[int, list[Row]]] = {}
     for row in rows:
         arm, steered = split_arm(row)
-        turn = number(row.get("round"))
+        turn = finite(row.get("round"))
         if steered:  # without a round it is a point of the dose plot
             if turn is not None:
                 teachers.setdefault(arm, {}).setdefault(int(turn), []).append(row)
             continue
         cells.setdefault(arm, {}).setdefault(None if arm in POINTS or turn is None else int(turn), []).append(row)
-    points = {arm: _means(cells[arm][None]) for arm in POINTS if arm in cells}
+    points = {arm: means(cells[arm][None], READ) for arm in POINTS if arm in cells}
     paths = []
     for arm, turns in cells.items():
         if arm not in POINTS and (rounds := sorted(turn for turn in turns if turn is not None)):
-            means = [_means(turns[turn]) for turn in rounds]
-            names = {name for mean in means for name in mean}
-            values = {name: [mean.get(name) for mean in means] for name in names}
-            steered_at = {turn: _means(found) for turn, found in sorted(teachers.get(arm, {}).items())}
+            read = [means(turns[turn], READ) for turn in rounds]
+            names = {name for mean in read for name in mean}
+            values = {name: [mean.get(name) for mean in read] for name in names}
+            steered_at = {turn: means(found, READ) for turn, found in sorted(teachers.get(arm, {}).items())}
             paths.append(Path2D(arm, rounds, values, steered_at))
     return points, paths
 
 
-def _means(rows: Sequence[Row]) -> dict[str, float]:
-    found = {}
-    for name in ("auth_nats", "care_nats", *PANELS):
-        values = [value for row in rows if (value := number(row.get(name))) is not None]
-        if values:
-            found[name] = fmean(values)
-    return found
+def means(rows: Sequence[Row], names: Iterable[str]) -> dict[str, float]:
+    """The mean of each metric over the rows that have it."""
+    found = {name: [v for row in rows if (v := finite(row.get(name))) is not None] for name in names}
+    return {name: fmean(values) for name, values in found.items() if values}
 
 
 def _draw(points: Mapping[str, Mapping[str, float]], paths: Sequence[Path2D]) -> Figure:

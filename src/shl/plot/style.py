@@ -166,12 +166,3 @@ def hollow(index: int | None) -> dict[str, Any]:
 def fade(count: int) -> Iterator[float]:
     """Opacities of rounds in order: the last is drawn in full."""
     return (0.3 + 0.7 * (at + 1) / count for at in range(count))
-
-
-def number(value: Any) -> float | None:
-    """A metric from JSON or from a ledger's text; an empty or odd cell is none."""
-    try:
-        found = float(value)
-    except (TypeError, ValueError):
-        return None
-    return found if math.isfinite(found) else None

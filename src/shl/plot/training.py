@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from shl.core.errors import InputError, ShlError
+from shl.core.metrics import finite
 from shl.core.records import read_lines
 from shl.core.runs import rounds
-from shl.plot.style import Line, Panel, check_format, number, save, sheet
+from shl.plot.style import Line, Panel, check_format, save, sheet
 
 STRETCH = 0.9  # how much of the space between two rounds the epochs of one take
 # column of the log -> title, whether its axis is logarithmic, and its lower end where zero means something
@@ -71,10 +72,10 @@ def _panel(name: str, found: list[Training], arms: list[str]) -> Panel:
     single = len(turns) == 1
     panel = Panel(title, "epoch" if single else "round, epochs within it", log=log, low=low, integers=single)
     for one in found:
-        last = max((epoch for row in one.log if (epoch := number(row.get("epoch"))) is not None), default=0) or 1
+        last = max((epoch for row in one.log if (epoch := finite(row.get("epoch"))) is not None), default=0) or 1
         spots = []
         for row in one.log:
-            epoch, value = number(row.get("epoch")), number(row.get(name))
+            epoch, value = finite(row.get("epoch")), finite(row.get(name))
             if epoch is not None and value is not None:
                 spots.append((epoch if single else turns.index(one.round) + STRETCH * epoch / last, value))
         panel.lines.append(Line(arms.index(one.arm), spots))
