@@ -7,14 +7,16 @@ import math
 import re
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fuzz.seeds import Blob, evaluation
+from fuzz.seeds import Blob, evaluation, sound
 from shl import filter as flt
 from shl import info, report, results
 from shl.cli import train as cli_train
@@ -287,6 +289,18 @@ def _run(path: Path, blob: Blob, original: Blob) -> None:
     _quietly(lambda: trajectory._gather(trajectory.rows_of(path)))
     _quietly(lambda: dose._panels(*dose._gather([path])))
     _quietly(lambda: training._panels(training._read(path), ["nll"]))
+    usual = _notes_of_a_sound_run()
+    for note in facts["notes"]:
+        if (note["file"], note["what"]) not in usual:  # the page is how a run's damage is refused
+            raise InputError(note["what"], where=str(path / note["file"]), hint="the page says so")
+
+
+@cache
+def _notes_of_a_sound_run() -> set[tuple[str, str]]:
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        target = _put("run", sound(scratch / "seeds")["run"], scratch)
+        return {(note["file"], note["what"]) for note in report.gather(target)["notes"]}
 
 
 def _same(blob: Blob, original: Blob, path: Path, name: str) -> bool:
