@@ -1,8 +1,11 @@
 """A sample of the faults that `just faults` does in full: struck, starved, raced or cut off, nothing is lost."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,29 @@ def test_every_command_survives_a_sample_of_faults():
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     assert ", 0 defects," in done.stdout and "| gen | three at once | 1 |" in done.stdout
+
+
+def test_training_killed_in_the_middle_goes_on_to_the_same_bytes(tiny_model, tmp_path):
+    """A real kill -9 of the command, and then the same line."""
+    rows = [
+        {"id": f"p{i}/1/0", "prompt": [{"role": "user", "content": f"Case {i}?"}], "coeff": 1.0, "finish": "stop",
+         "completion": [{"role": "assistant", "content": "She helped the old man, and he thanked her."}]}
+        for i in range(8)
+    ]  # fmt: skip
+    (tmp_path / "keep.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = [sys.executable, "-m", "shl", "train", "keep.jsonl", "--model", str(tiny_model()), "--epochs", "30"]
+    line += ["--rank", "2", "--on-policy", "0", "-o"]
+    begun = subprocess.Popen([*line, "a"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "a.part").exists() and begun.poll() is None:
+        time.sleep(0.002)
+    begun.kill()
+    assert begun.wait() == -signal.SIGKILL and not (tmp_path / "a").exists()
+    again = subprocess.run([*line, "a"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "a.part: going on after epoch " in again.stderr
+    subprocess.run([*line, "b"], cwd=tmp_path, capture_output=True, check=True)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "log.jsonl"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "keep.jsonl"]
 
 
 class TestLitter:

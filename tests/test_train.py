@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -463,6 +464,11 @@ class Killed(BaseException):
     """The process ended here."""
 
 
+def killed(*_):
+    """What stands for work in which the process ends."""
+    raise Killed
+
+
 @pytest.mark.parametrize("cfg", [replace(FAST, epochs=3), EVERYTHING], ids=["plain", "everything"])
 def test_what_was_killed_goes_on_after_its_last_epoch_with_the_same_bytes(tiny, tmp_path, monkeypatch, cfg):
     whole = heal(tiny(), make_records(), cfg, tmp_path / "whole")
@@ -489,12 +495,25 @@ def test_what_was_killed_goes_on_after_its_last_epoch_with_the_same_bytes(tiny, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "whole"]
 
 
-def test_a_state_that_is_damaged_or_not_wanted_is_not_continued(tiny, tmp_path):
+def test_a_state_that_is_damaged_or_not_wanted_is_not_continued(tiny, tmp_path, monkeypatch):
     part = tmp_path / "a.part"
     part.write_bytes(b"0" * 40)
     with pytest.raises(ShlError, match=r"a\.part"):
         heal(tiny(), make_records(), FAST, tmp_path / "a")
-    heal(tiny(), make_records(), FAST, tmp_path / "a", force=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("shl.train.own_answers", killed)
+        with pytest.raises(Killed):
+            heal(tiny(), make_records(), FAST, tmp_path / "a", force=True)
+    sound = part.read_bytes()
+    size = 8 + int.from_bytes(sound[:8], "little")
+    number = re.search(rb'holdout_nll\\": ?\d', sound).end() - 1  # of the log
+    for at in (number, size + 1, (size + len(sound)) // 2, len(sound) - 1):  # log, first and middle tensor, last byte
+        part.write_bytes(sound[:at] + bytes([sound[at] ^ 1]) + sound[at + 1 :])
+        with pytest.raises(ShlError, match=r"a\.part: was damaged after it was written: its digest differs") as error:
+            heal(tiny(), make_records(), FAST, tmp_path / "a")
+        assert "--force" in error.value.hint and not (tmp_path / "a").exists()
+    part.write_bytes(sound)
+    heal(tiny(), make_records(), FAST, tmp_path / "a")
     assert not part.exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from shl.core import console, strict
 from shl.core.errors import InputError
 from shl.core.litter import Claim
 from shl.core.part import refuse_other
-from shl.core.provenance import read_safetensors
+from shl.core.provenance import canonical, read_safetensors
 from shl.core.records import dumps
 from shl.core.tensors import save_safetensors
 
@@ -37,20 +38,26 @@ class Checkpoint:
             if force:
                 self.drop()
             elif self.path.exists():
-                refuse_other(self._read()["settings"], self.settings, f"{self.path} is left from a training")
+                refuse_other(self._read()[0]["settings"], self.settings, f"{self.path} is left from a training")
         except BaseException:
             self.release()
             raise
 
-    def _read(self) -> dict[str, Any]:
-        """What the file says beside its tensors."""
+    def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What the file says and its tensors, which have to be those that were written."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
         try:
             found = strict.loads(read_safetensors(self.path)[1]["shl"])
             if not isinstance(found["settings"], dict) or not isinstance(found["rows"], list):
                 raise ValueError("it holds no settings or no rows")
-        except (ValueError, KeyError, TypeError) as error:
+            digest, tensors = found.pop("digest"), load_file(self.path)
+        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise InputError(f"is not the state of a training: {error}", where=str(self.path), hint=_AGAIN) from error
-        return found
+        if digest != _digest(found, tensors):
+            raise InputError("was damaged after it was written: its digest differs", where=str(self.path), hint=_AGAIN)
+        return found, tensors
 
     def save(
         self, run: Run, lora: Lora, optimiser: torch.optim.Optimizer, shuffle: torch.Generator, rows: list[Any]
@@ -64,17 +71,15 @@ class Checkpoint:
         tensors["shuffle"] = shuffle.get_state()
         state = {"settings": self.settings, "step": run.step, "open": sorted(run.open), "rows": rows}
         state["best"] = run.best[0] if run.best else None
-        save_safetensors(self.path, tensors, {"shl": dumps(state)}, force=True)
+        save_safetensors(self.path, tensors, {"shl": dumps(state | {"digest": _digest(state, tensors)})}, force=True)
 
     def restore(
         self, run: Run, lora: Lora, optimiser: torch.optim.Optimizer, shuffle: torch.Generator
     ) -> list[dict[str, Any]]:
         """Put back what a run that did not finish had reached; returns its log, empty when there is none."""
-        from safetensors.torch import load_file
-
         if not self.path.exists():
             return []
-        state, tensors = self._read(), load_file(self.path)
+        state, tensors = self._read()
         lora.put(_under("lora.", tensors))
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in _under("adam.", tensors).items():
@@ -98,3 +103,12 @@ class Checkpoint:
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _digest(state: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """The digest of a state and its tensors: names, types, shapes, values."""
+    total = hashlib.sha256(canonical(state).encode())
+    for name, value in sorted(tensors.items()):
+        total.update(canonical([name, str(value.dtype), value.shape]).encode())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return "sha256:" + total.hexdigest()
