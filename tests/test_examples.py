@@ -75,6 +75,7 @@ class TestPlan:
         [
             ("loop.sh", {"ROUNDS": "2"}, ["plot", "report"]),
             ("sweep", {"REGS": "nll kl_rev", "SEEDS": "0 1"}, ["results"]),
+            ("sweep", {"REGS": "nll nll@0.5 nll,kl_rev-prev", "SEEDS": "0", "RUN": "a b"}, ["results"]),
         ],
     )
     def test_stopped_at_any_stage_the_same_line_finishes(self, calls, tmp_path, script, env, last):
@@ -117,6 +118,38 @@ class TestPlan:
             for reg, decay in (("nll", None), ("nll", 7.0), ("kl_rev", None), ("kl_fwd", None))
         ]
         assert sum(words[0] == "gen" for words in made) == 2
+
+    def test_an_arm_of_a_sweep_is_a_word(self, calls):
+        regs = "nll nll@0.5 kl_fwd-mean wd spectral0.2 kl_rev-prev-p95-wd7"
+        made = [(words[0], parse(words)) for words in calls("sweep", "run", REGS=regs, SEEDS="3", WD="9")]
+        names = ("reg", "agg", "ref_", "weight_decay", "spectral")
+        assert [tuple(t[name] for name in names) for step, t in made if step == "train"] == [
+            ("nll", None, None, None, None),
+            ("kl_fwd", "mean", None, None, None),
+            ("nll", None, None, 9.0, None),
+            ("nll", None, None, None, 0.2),
+            ("kl_rev", "p95", "prev", 7.0, None),
+        ]
+        read = [(t["label"][1].split("=")[1], t["adapter"], t["scale"]) for step, t in made if step == "eval"]
+        assert [arm for arm, _, _ in read] == ["base", *regs.split()]
+        assert read[2] == ("nll@0.5", read[1][1], "0.5") and {scale for _, _, scale in read} == {None, "0.5"}
+
+    def test_second_rounds_of_a_sweep_share_the_first(self, calls):
+        made = calls("sweep", "run", REGS="nll nll,kl_rev-base nll,kl_rev-prev", SEEDS="3", RUN="run")
+        first, data = ["run/s3/nll/r0/adapter"], "run/s3/nll/r1"
+        steps = [(words[0], parse(words)) for words in made]
+        assert [(t["adapter"], str(t["out"])) for step, t in steps if step == "vector"] == [
+            ((), "run/s3/v.safetensors"),
+            (first, f"{data}/v.safetensors"),
+        ]
+        assert [(t["source"], t["adapter"], t["ref_"], str(t["out"])) for step, t in steps if step == "train"][1:] == [
+            (f"{data}/keep.jsonl", first, ref, f"run/s3/nll,kl_rev-{ref}/r1/adapter") for ref in ("base", "prev")
+        ]
+        assert len({t["seed"] for step, t in steps if step == "gen"}) == 2
+
+    def test_a_word_that_names_nothing_is_told(self, tmp_path):
+        done = run("sweep", tmp_path, None, REGS="kl_rev-rsme", PATH=f"/bin:/usr/bin:{tmp_path}")
+        assert "rsme" in done.stderr
 
 
 def _tree(folder: Path) -> set[str]:
