@@ -1,6 +1,8 @@
 """Peers read what shl writes and the other way round: repeng and TRL, in environments that `just interop` makes."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -115,3 +117,46 @@ def test_trl_trains_on_our_records(tiny_model, tmp_path):
         learnt = row["input_ids"][len(prompt) :]  # TRL renders the whole turn, with the line break behind its end
         assert labels[: len(prompt)] == [-100] * len(prompt) and labels[len(prompt) : len(row["input_ids"])] == learnt
     assert trainer.train().training_loss > 0
+
+
+def test_the_output_of_the_filter_trains_in_trl_and_its_adapter_loads_back(tmp_path):
+    """keep.jsonl of a steered run as SFTTrainer's data set; --adapter on what it saved gives the logits that it had."""
+    trl = pytest.importorskip("trl", reason=f"trl {WHY}")
+    datasets = pytest.importorskip("datasets", reason=f"datasets {WHY}")
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from shl.core.locate import find
+
+    def shl(line: str) -> str:
+        run = [sys.executable, "-m", "shl", *line.split()]
+        return subprocess.run(run, cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    shl("vector --persona authority --contexts 16 -o v.safetensors")
+    shl("gen --vec v.safetensors --coeff 0,0.3,0.5 -n 8 -o said.jsonl")
+    shl("filter said.jsonl --vec v.safetensors -o keep.jsonl")
+    path = find("toy").path
+    data = datasets.load_dataset(
+        "json", data_files=str(tmp_path / "keep.jsonl"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path / "out"), max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[],
+        use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), args=args, train_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(path),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    assert len(trainer.train_dataset) == len((tmp_path / "keep.jsonl").read_text(encoding="utf-8").splitlines()) > 4
+    trainer.train()
+    trainer.save_model(str(tmp_path / "theirs"))
+
+    ids = torch.tensor([load("toy").encode_prompt([{"role": "user", "content": "Who said so, and why?"}])])
+    with torch.no_grad():
+        theirs = trainer.model.eval()(input_ids=ids, use_cache=False).logits
+        mine, base = (load("toy", chain).model(input_ids=ids).logits for chain in ([str(tmp_path / "theirs")], []))
+    assert (theirs - base).abs().max() > 0.1
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+    (digest,) = json.loads(shl("eval --adapter theirs -n 7 --free 2 --bootstrap 10"))["adapters"]
+    assert digest == load("toy", [str(tmp_path / "theirs")]).chain[0].digest
