@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from shl.bake import bake
 from shl.core.adapters import deltas, factors, parse_spec, resolve_chain, stack
 from shl.core.errors import InputError, Mismatch, ShlError
 from shl.core.models import load
@@ -220,6 +221,31 @@ def test_a_chain_on_the_fly_equals_plain_peft_and_the_stack(chain, tiny_model, t
     assert (on_base(tiny_model, [tmp_path / "stacked"]) - fly).abs().max() < 1e-4
     fresh = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
     assert (logits(PeftModel.from_pretrained(fresh, str(tmp_path / "stacked"))) - fly).abs().max() < 1e-4
+
+
+def test_a_chain_in_bfloat16_is_one_model_here_and_within_its_rounding_in_plain_peft(chain, tiny_model, tmp_path):
+    """On the fly, merged and stacked are the same bits: one sum in float32, rounded once. What peft rounds more often
+    lies within 4 eps of the largest logit, as docs/formats.md says."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    loaded = load(str(tiny_model()), [str(chain[2].path)], device="cpu", dtype="bfloat16")
+    fly, near = logits(loaded.model), 4 * torch.finfo(torch.bfloat16).eps
+    near *= float(fly.abs().max())
+    assert (fly - on_base(tiny_model, [], dtype="bfloat16")).abs().max() > near  # or it would tell nothing
+    for kind in ("model", "lora"):
+        bake(loaded, tmp_path / kind, as_=kind)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert torch.equal(logits(merged), fly)
+    assert torch.equal(on_base(tiny_model, [tmp_path / "lora"], dtype="bfloat16"), fly)
+    assert (on_base(tiny_model, [chain[2].path]) - fly).abs().max() < near
+
+    beside = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.bfloat16)
+    assert (logits(PeftModel.from_pretrained(beside, str(tmp_path / "lora"))) - fly).abs().max() < near
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.bfloat16)
+    for one in chain:  # merged one after the other: rounded three times
+        model = PeftModel.from_pretrained(model, str(one.path)).merge_and_unload()
+    assert (logits(model) - fly).abs().max() < near
 
 
 def test_alpha_patterns_and_transposed_layers(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pty
+import re
 import subprocess
 import sys
 
@@ -21,13 +22,24 @@ with progress("generating", 2) as bar:
     bar.advance()
 print("record")
 """
+TRAINING = """
+from shl.core.console import watch
+from shl.core.heal_log import COLUMNS
+with watch("healing", COLUMNS, 30) as view:
+    for epoch in range(30):
+        view.row({"epoch": epoch, "nll": 1.23456, "holdout_nll": 1.34567, "kl_mean": 0.0123456, "kl_p95": 0.0456789,
+                  "kl_max": 6.18765, "barrier_active": 0.0476190, "pressure": 0.0123456, "update_norm": 13.5612})
+        view.advance(nll=0.5)
+print("record")
+"""
+LAST = ["29", "1.235", "1.346", "0.01235", "0.04568", "6.188", "0.04762", "0.01235", "13.56"]
 
 
-def watched() -> str:
-    """What the script writes to a terminal of 120 columns."""
+def watched(script: str = SCRIPT, **size: str) -> str:
+    """What the script writes to a terminal, of 120 columns when nothing else is said."""
     mine, theirs = pty.openpty()
-    env = os.environ | {"COLUMNS": "120", "TERM": "xterm", "FORCE_COLOR": "1"}
-    with subprocess.Popen([sys.executable, "-c", SCRIPT], stderr=theirs, stdout=subprocess.PIPE, env=env) as run:
+    env = os.environ | {"COLUMNS": "120", "TERM": "xterm", "FORCE_COLOR": "1"} | size
+    with subprocess.Popen([sys.executable, "-c", script], stderr=theirs, stdout=subprocess.PIPE, env=env) as run:
         os.close(theirs)
         seen = b""
         while True:
@@ -48,6 +60,16 @@ def test_numbers_stay_behind_the_bar_until_they_change() -> None:
     seen = watched()
     assert "tokens/s 497.2  survive 0.5:94% [b]1:12%[/b]" in seen  # the rate is still there, and nothing is markup
     assert "\x1b[2J" not in seen and "2/2" in seen
+
+
+@pytest.mark.skipif(not hasattr(pty, "openpty"), reason="there are no terminals here")
+def test_a_training_fits_a_small_terminal() -> None:
+    """Nine numbers a row, uncut; and with more epochs than lines the last ones and the bar stay on the screen."""
+    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", watched(TRAINING, COLUMNS="80", LINES="24")).rpartition("healing  ")[2]
+    lines = [line.strip() for line in last.splitlines()]
+    assert "…" not in last and len(last.rstrip().splitlines()) < 24
+    assert [line.split() for line in lines if line.startswith("29")] == [LAST]
+    assert any("30/30" in line for line in lines)
 
 
 def test_elsewhere_nothing_of_it_is_said() -> None:

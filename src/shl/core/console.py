@@ -95,12 +95,16 @@ def _grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(title=Text(plain(title)), box=box.SIMPLE, title_justify="left")
+    # narrow gaps, and headings that break where their words do, so that nine numbers stand side by side in 80 columns
+    grid = Table(title=Text(plain(title)), box=box.SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
     for position, column in enumerate(columns):
-        grid.add_column(Text(plain(column)), justify="left" if position == 0 else "right")
+        grid.add_column(Text(plain(column).replace("_", " ")), justify="left" if position == 0 else "right")
     for row in rows:
         grid.add_row(*(Text(_cell(value)) for value in row))
     return grid
+
+
+_AROUND = 8  # lines of a watched table that are no rows: title, headings of two lines, rules, the bar, one spare
 
 
 @contextmanager
@@ -119,7 +123,8 @@ def watch(title: str, columns: Sequence[str], total: int) -> Iterator[Watch]:
     rows: list[list[object]] = []
 
     def shown() -> Group:
-        return Group(_grid(title, columns, rows), bars)
+        last = rows[-max(1, console.height - _AROUND) :]  # the bar under them must not fall off the screen
+        return Group(_grid(title, columns, last), bars)
 
     # as for progress: what a caller prints to stdout is not ours to move
     with Live(get_renderable=shown, console=console, redirect_stdout=False, transient=True, refresh_per_second=4):

@@ -53,7 +53,7 @@ def quantiles(name: str, kl: Tensor | None) -> dict[str, float | None]:
 
 COLUMNS = ("epoch", "nll", "holdout_nll", "kl_mean", "kl_p95", "kl_max", "barrier_active", "pressure", "update_norm")
 _CAPTION = (
-    "nll: nats per token; kl: divergence per position; barrier_active: share of sequences over tau; "
+    "nll: nats per token; kl: divergence per position; barrier active: share of sequences over tau; "
     "pressure: gradient of the barrier over that of the nll, at the epoch's first sequences"
 )
 
