@@ -40,7 +40,7 @@ def damage(kind: str, blob: Blob, rng: Random) -> Blob:
 
 
 def _ways(kind: str, name: str) -> list[Callable[[bytes, Random], bytes]]:
-    if kind == "vector" or name.endswith(".safetensors"):
+    if kind in ("vector", "training") or name.endswith(".safetensors"):
         return [_bytes, _safetensors, _safetensors, _safetensors]
     if kind in ("ledger", "plain"):
         return [_bytes, _lines, _cells, _cells]

@@ -27,6 +27,7 @@ from shl.core.console import plain
 from shl.core.errors import InputError, ShlError
 from shl.core.evaluations import read_evaluation
 from shl.core.heal_data import select
+from shl.core.heal_part import Checkpoint
 from shl.core.locate import find
 from shl.core.part import PartFile
 from shl.core.vectors import Vector
@@ -67,7 +68,7 @@ def check(kind: str, blob: Blob, original: Blob, folder: Path) -> str:
 def _put(kind: str, blob: Blob, folder: Path) -> Path:
     names = {"plain": "f.txt", "vector": "f.safetensors", "ledger": "f.tsv", "evaluation": "base.json",
              "recommended": "model/shl.json", "gguf": "f.gguf", "adapter": "f", "run": "f",
-             "part": "f.jsonl.part"}  # fmt: skip
+             "part": "f.jsonl.part", "training": "f.part"}  # fmt: skip
     target = folder / names.get(kind, "f.jsonl")
     target.parent.mkdir(exist_ok=True)
     if kind == "recommended":
@@ -272,6 +273,18 @@ def _part(path: Path, blob: Blob, original: Blob) -> None:
     _require(len(written) == part.lines + 1 and all(json.loads(line) is not ... for line in written), "a torn line")
 
 
+def _training(path: Path, blob: Blob, original: Blob) -> None:
+    states = []
+    for number, data in enumerate((blob[""], original[""])):
+        (path.parent / f"f{number}.part").write_bytes(data)
+        held = Checkpoint(path.parent / f"f{number}", SETTINGS)
+        states.append(held._read())
+        held.release()
+    (said, tensors), (wanted, others) = states
+    same = tensors.keys() == others.keys() and all(torch.equal(tensors[name], one) for name, one in others.items())
+    _require(said == wanted and same, "the state of another training")
+
+
 def _run(path: Path, blob: Blob, original: Blob) -> None:
     """`shl report` makes its page of whatever there is, and says on it what is damaged; `shl plot` may refuse."""
     facts = report.gather(path)
@@ -316,5 +329,5 @@ def _rows(path: Path, blob: Blob, original: Blob) -> None:
 READERS: dict[str, Callable[[Path, Blob, Blob], None]] = {
     "records": _records, "kept": _records, "prompts": _prompts, "plain": _prompts, "pairs": _pairs, "vector": _vector,
     "adapter": _adapter, "ledger": _ledger, "evaluation": _evaluation, "recommended": _recommended, "gguf": _gguf,
-    "part": _part, "rows": _rows, "run": _run,
+    "part": _part, "training": _training, "rows": _rows, "run": _run,
 }  # fmt: skip

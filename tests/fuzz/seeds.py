@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from shl import results
+from shl.core.heal_part import Checkpoint
 from shl.core.peft_dir import PREFIX, peft_config, write_adapter
 from shl.core.records import dumps
 from shl.core.vectors import Vector
@@ -106,6 +108,20 @@ def _gguf(folder: Path) -> bytes:
     return (folder / "v.gguf").read_bytes()
 
 
+def _training(folder: Path) -> bytes:
+    """What a training of one parameter leaves beside its output when it is killed after an epoch."""
+    weight = torch.full((2, 3), 0.5, requires_grad=True)
+    optimiser = torch.optim.AdamW([weight])
+    weight.sum().backward()
+    optimiser.step()
+    lora: Any = SimpleNamespace(tensors=lambda: {"q_proj.lora_A.weight": weight.detach().clone()})
+    run: Any = SimpleNamespace(step=1, open={2, 0}, best=(1, lora.tensors()))
+    part = Checkpoint(folder / "t", {"prompts": "sha256:1", "seed": 0})
+    part.save(run, lora, optimiser, torch.Generator().manual_seed(0), [{"epoch": 0, "nll": None}, {"epoch": 1}])
+    part.release()
+    return part.path.read_bytes()
+
+
 def answers() -> bytes:
     """What `shl eval --per-row` writes: a line of each kind."""
     free = {name: record(1)[name] for name in ("prompt", "completion", "finish", "n_tokens", "scores")}
@@ -154,6 +170,7 @@ def sound(folder: Path) -> dict[str, Blob]:
         "recommended": {"": json.dumps(recommended).encode()},
         "gguf": {"": _gguf(folder)},
         "part": {"": lines(*(record(i) for i in range(3))), ".json": b'{"prompts": "sha256:1", "seed": 0}\n'},
+        "training": {"": _training(folder)},
         "rows": {"": answers()},
         "run": _run(folder),
     }
