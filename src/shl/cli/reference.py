@@ -188,8 +188,6 @@ def _section(one: Command, common: dict[Any, Entry]) -> list[str]:
     blocks.append(_fold(f"[Common options](#common-options): {', '.join(also)}."))
     if one.name in GATES:
         blocks.append(f"Exit code 3: {GATES[one.name]}.")
-    if one.name in GATES:
-        blocks.append(f"Exit code 3: {GATES[one.name]}.")
     blocks.append("\n".join(["```sh", *one.examples, "```"]))
     return blocks
 
