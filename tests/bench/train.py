@@ -3,9 +3,9 @@
 A random Llama of 58 million parameters at a vocabulary of 32,000 (26 million in its eight blocks; with a tied head at
 larger ones), prompts of 64 random tokens, completions of 128, float32, LoRA where `shl train` places it.
 
-- shl: the loop of `shl train`, all six epochs with the pass over the reference. `idle`: a barrier that stays shut;
-  `open`: one that is open for every sequence of every step; `top-k`: the same with the 64 likeliest tokens told apart;
-  `fwd`: the same with kl_fwd; `nll`: none.
+- shl: the loop of `shl train`, all six epochs with the pass over the reference and what is done once an epoch.
+  `idle`: a barrier that stays shut; `open`: one that is open for every sequence of every step; `top-k`: the same with
+  the 64 likeliest tokens told apart; `fwd`: the same with kl_fwd; `nll`: none.
 - plain: two full forward passes a step, full log-softmax of both, the loss as it is written; PEFT, AdamW.
 - trl: SFTTrainer on the same tokens, nll only, in an environment of its own, made at first use.
 
@@ -58,12 +58,12 @@ def make_model(vocab: int) -> Any:
     return LlamaForCausalLM(config).float().eval().requires_grad_(False)
 
 
-def rows(args: argparse.Namespace) -> list[tuple[list[int], list[int]]]:
-    """Prompts and completions as ids."""
+def rows(args: argparse.Namespace, batches: int = 1) -> list[tuple[list[int], list[int]]]:
+    """Prompts and completions as ids, so many batches of them."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, args.vocab[0], (args.batch, PROMPT + COMPLETION), generator=generator).tolist()
+    ids = torch.randint(3, args.vocab[0], (args.batch * batches, PROMPT + COMPLETION), generator=generator).tolist()
     return [(row[:PROMPT], row[PROMPT:]) for row in ids]
 
 
@@ -126,7 +126,7 @@ def run_shl(args: argparse.Namespace) -> dict[str, float]:
         blocks=list(model.model.layers), blocks_at="model.layers", text_config=model.config,
     )  # type: ignore[arg-type]  # fmt: skip
     cfg = TrainConfig(rank=RANK, epochs=args.epochs, batch_size=args.batch, holdout=0.0, **SHL[args.arm])
-    examples = [Example(*row) for row in rows(args)]
+    examples = [Example(*row) for row in rows(args, args.batches)]
     with tempfile.TemporaryDirectory() as folder:
         part = Checkpoint(Path(folder) / "a", {})
         meter = Meter()
@@ -220,7 +220,7 @@ def child(arm: str, vocab: int, args: argparse.Namespace) -> dict[str, float]:
     """One arm in a process of its own."""
     python = trl_python(args.trl) if arm == "trl" else sys.executable
     command = [python, __file__, "--arm", arm, "--vocab", str(vocab)]
-    for name in ("batch", "steps", "epochs"):
+    for name in ("batch", "batches", "steps", "epochs"):
         command += [f"--{name}", str(getattr(args, name))]
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
@@ -234,7 +234,8 @@ def main() -> int:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["shl-idle", "shl-open", "plain", "trl"])
     parser.add_argument("--vocab", type=int, nargs="+", default=[32_000])
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--epochs", type=int, default=6, help="of shl, a step each")
+    parser.add_argument("--epochs", type=int, default=6, help="of shl")
+    parser.add_argument("--batches", type=int, default=2, help="of an epoch of shl")
     parser.add_argument("--steps", type=int, default=2, help="of the others, after one that warms up")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--trl", type=Path, default=Path("build/trl-env"), help="TRL's environment")
@@ -259,7 +260,8 @@ def table(vocab: int, found: dict[str, list[dict[str, float]]], args: argparse.N
     rivals = [arm for arm in found if arm not in SHL]
     heads = ["arm", "tokens / CPU s", "tokens / s", "step MB", "process MB", "barrier active"]
     heads += [f"{what} {rival}" for rival in rivals for what in ("speed x", "memory x")]
-    lines = [f"Vocabulary {vocab}, batch {args.batch}, {args.repeats} repeats", "", "| " + " | ".join(heads) + " |"]
+    lines = [f"Vocabulary {vocab}, batch {args.batch}, {args.batches} an epoch, {args.repeats} repeats", ""]
+    lines.append("| " + " | ".join(heads) + " |")
     lines.append("| --- |" + " ---: |" * (len(heads) - 1))
     for arm, runs in found.items():
         middle = {name: median(run[name] for run in runs) for name in ("cpu", "wall", "peak", "all")}

@@ -197,10 +197,8 @@ class Run:
         nll, kl = self._tokens(batch, self.barrier)
         lengths = [len(one.completion) for one in batch]
         losses = combine(nll, kl, lengths, cfg.reg, cfg.agg, self.lam, cfg.tau)
-        loss = losses.nll + losses.barrier
-        self._finite(loss.detach())
-        pressure = _pressure(losses, lora) if seen.pressure is None and self.barrier else None
-        grads = torch.autograd.grad(loss, lora.parameters, materialize_grads=True)
+        self._finite((losses.nll + losses.barrier).detach())
+        grads, pressure = _gradient(losses, lora, apart=seen.pressure is None and self.barrier)
         per_row = [float(one.mean()) for one in nll.detach().split(lengths)]
         return Part(grads, per_row, kl.detach().cpu(), losses.fired, pressure)
 
@@ -249,12 +247,15 @@ def schedule(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise + 1) / (total - rise + 1)))
 
 
-def _pressure(losses: Losses, lora: Lora) -> float:
-    """How hard the barrier pulls beside the nll: the ratio of their gradients' norms."""
-    if not any(losses.fired):
-        return 0.0
-    parts = [
-        torch.cat([g.flatten() for g in torch.autograd.grad(part, lora.parameters, retain_graph=True)]).norm()
-        for part in (losses.barrier, losses.nll)
-    ]
-    return float(parts[0] / parts[1].clamp_min(1e-30))
+def _gradient(losses: Losses, lora: Lora, apart: bool) -> tuple[tuple[Tensor, ...], float | None]:
+    """The gradient of the loss; `apart` in two passes that sum to it, which also say how hard the barrier pulls beside
+    the nll: the ratio of their norms."""
+
+    def of(part: Tensor, again: bool = False) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(part, lora.parameters, retain_graph=again, materialize_grads=True)
+
+    if not apart or not any(losses.fired):
+        return of(losses.nll + losses.barrier), 0.0 if apart else None
+    parts = of(losses.barrier, again=True), of(losses.nll)
+    norms = [torch.cat([g.flatten() for g in part]).norm() for part in parts]
+    return tuple(map(torch.add, *parts)), float(norms[0] / norms[1].clamp_min(1e-30))
