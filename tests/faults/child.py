@@ -36,6 +36,7 @@ class Ended:
 
 def warm() -> None:
     """Import everything that a command could, so that children begin with the command itself."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored, here and in fresh starts
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
     import shl
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,6 +30,13 @@ class Reference:
         names = (*command.outputs, *([command.ledger] if command.ledger else []))
         self.meaning = {name: meaning(folder / name) for name in names}
         assert all(self.meaning.values()), f"{command.name} wrote nothing"
+        self.folder = folder
+
+    @cached_property
+    def fresh(self) -> float:
+        """How long it takes from the start of an interpreter on."""
+        clear(self.folder)
+        return run(self.command.argv(self.world), self.folder, cold=True).seconds
 
     def check(self, folder: Path, finished: bool = False, rows: int = 2) -> None:
         """Every visible file is a complete output, or the unfinished file that a rerun continues."""
@@ -66,9 +74,10 @@ class Reference:
 
 def strike(reference: Reference, folder: Path, number: int, rng: Random, cold: bool = False) -> str:
     """One command struck once; returns where it was struck, or raises AssertionError with what is wrong."""
+    seconds = reference.fresh if cold else reference.seconds
     clear(folder)
     child = Child(reference.command.argv(reference.world), folder, cold=cold)
-    where = _wait(child, reference.seconds * (8 if cold else 1), folder, rng)
+    where = _wait(child, seconds, folder, rng)
     child.strike(number)
     ended = child.wait()
     _judge(ended, number, cold)
