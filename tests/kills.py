@@ -28,6 +28,7 @@ from small import LENIENT, small_model
 
 PATIENCE = 20  # makes that may fail while a command of a killed make still holds its output
 TOLD = re.compile('<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
+LATE = "too late"
 DATED = ("artifacts", "told")  # parts of a report that hold times and command lines
 
 
@@ -51,11 +52,17 @@ def strike(folder: Path, given: Sequence[str], after: float, everything: bool) -
     begun = start(folder, given)
     try:
         code = begun.wait(after)
-        return f"too late: make had ended with {code}"
+        return f"{LATE}: make had ended with {code}"
     except subprocess.TimeoutExpired:
         (os.killpg if everything else os.kill)(begun.pid, signal.SIGKILL)
         begun.wait()
         return "make and its commands" if everything else "make alone"
+
+
+def complaint(folder: Path) -> str:
+    """The last error that a command of make told."""
+    log = (folder.parent / "make.log").read_text(encoding="utf-8", errors="replace")
+    return next((line for line in reversed(log.splitlines()) if line.startswith("shl: error: ")), "without a word")
 
 
 def finish(folder: Path, given: Sequence[str]) -> int:
@@ -120,11 +127,15 @@ def main() -> int:
         seconds = time.monotonic() - begun
         print(f"in peace: {seconds:.0f} s, {len(content(calm))} files; seed of the moments {seed}")
         print("| kill | after s | hit | complete files then |\n| ---: | ---: | --- | ---: |")
-        for number in range(1, args.times + 1):
+        number = tries = 0
+        while number < args.times and tries < 3 * args.times:
             # together three quarters of the run, and what a kill destroys is made again: so they fall on most of it
             after = rng.uniform(0, 1.5 * seconds / args.times)
             hit = strike(struck, given, after, everything=rng.random() < 0.5)
-            print(f"| {number} | {after:.1f} | {hit} | {len(visible(struck))} |", flush=True)
+            late = hit.startswith(LATE)  # one that comes too late is none of the count
+            number, tries = number + (not late), tries + 1
+            why = f"; {complaint(struck)}" if late and not hit.endswith(" 0") else ""
+            print(f"| {'-' if late else number} | {after:.1f} | {hit}{why} | {len(visible(struck))} |", flush=True)
         attempts = finish(struck, given)
         wrong = differences(calm, struck)
         rows = [len(meaning(run / "results.tsv")) for run in (calm, struck)]
