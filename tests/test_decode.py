@@ -15,11 +15,15 @@ from transformers.generation.logits_process import (
 from transformers.masking_utils import create_masks_for_generate
 
 from shl.core import cache as cache_module
+from shl.core import running
 from shl.core.batches import left_pad, positions_of
 from shl.core.cache import DecodeMasks, GrowingLayer, new_cache
 from shl.core.decode import Sampling, decode, draw
 from shl.core.errors import ShlError
 from shl.core.hooks import Steering
+from shl.core.models import load
+from shl.core.running import Running
+from shl.core.trajectory import Backtrack, Course
 
 PROMPTS = [[1, *range(40, 40 + n)] for n in (3, 30, 7, 15, 1)]
 SEEDS = [11, 12, 13, 14, 15]
@@ -99,6 +103,84 @@ def test_forced_tokens_begin_the_answer(tiny):
     plain = decode(loaded, [p + start for p in PROMPTS], seeds=SEEDS, sampling=greedy)
     assert ids(forced) == [start + c.ids for c in plain]
     assert all(c.text == loaded.chat.decode(c.ids) and c.n_tokens == len(c.ids) for c in forced)
+
+
+# --- rows that enter a running batch ---
+
+MIXED = [[1, *range(40, 40 + n)] for n in (3, 30, 7, 15, 1, 22, 9, 2, 18, 12, 5, 26)]
+DOSES = [0.0, 0.5, 1.0, -1.0] * 3
+
+
+@pytest.fixture(params=["llama", "gemma3", "toy"])
+def model(request, tiny):
+    return load("toy", device="cpu", dtype="float32") if request.param == "toy" else tiny(request.param)
+
+
+@pytest.fixture
+def entered(monkeypatch):
+    """As on a device where it pays. For each time that rows entered: how many, and the columns that no row needs."""
+    monkeypatch.setattr(running, "entering_pays", lambda device: True)
+    seen, enter = [], Running.enter
+
+    def spy(self, places, tracks, seeds):
+        enter(self, places, tracks, seeds)
+        longest = max(len(track.input) for track in self.alive if track.finish is None)
+        seen.append((len(tracks), self.masks.seen - longest))
+        assert {layer.get_seq_length() for layer in self.cache.layers} == {self.masks.seen}
+
+    monkeypatch.setattr(Running, "enter", spy)
+    return seen
+
+
+def mixed(loaded, sampling, course=None, doses=DOSES, rows=range(12), **kwargs):
+    v = {loaded.n_blocks // 2: torch.randn(loaded.hidden, generator=torch.Generator().manual_seed(1))}
+    with Steering(loaded, v, course.gate if course else None) as steering:
+        return decode(
+            loaded, [MIXED[i] for i in rows], seeds=list(rows), sampling=sampling, steering=steering,
+            coeffs=[doses[i] for i in rows], course=course, **kwargs,
+        )  # fmt: skip
+
+
+def often(loaded, share=12):
+    """Tokens that end a row at any time."""
+    return frozenset(range(0, loaded.text_config.vocab_size, share))
+
+
+@pytest.mark.parametrize("greedy", [False, True], ids=["sampled", "greedy"])
+def test_a_row_that_enters_equals_the_row_alone(model, entered, greedy):
+    """Whoever else is in the batch, and whenever it enters; past the sliding window and before it."""
+    sampling = Sampling(max_new_tokens=40, greedy=greedy, until=often(model))
+    one_by_one = [mixed(model, sampling, rows=[i])[0] for i in range(12)]
+    assert len({one.n_tokens for one in one_by_one}) > (2 if greedy else 5) and not entered
+    for size, most in ((2, 10), (4, 8), (64, 0)):
+        entered.clear()
+        assert mixed(model, sampling, batch_size=size) == one_by_one
+        assert (0 if greedy else 1) <= sum(n for n, _ in entered) <= most or (size == 64 and not entered)
+        assert all(idle == 0 for _, idle in entered)
+
+
+@pytest.mark.parametrize(
+    "course",
+    [Course("gen", "linear", horizon=9), Course("prompt"), Course(gate="cosine")],
+    ids=["gen", "prompt", "gate"],
+)
+def test_rows_that_enter_tell_their_own_doses(tiny, entered, course):
+    loaded = tiny("gemma3")
+    sampling = Sampling(max_new_tokens=40, until=often(loaded))
+    together = mixed(loaded, sampling, course, batch_size=3)
+    alone = [mixed(loaded, sampling, course, rows=[i])[0] for i in range(12)]
+    assert together == alone and sum(n for n, _ in entered) > 3
+    for mine, theirs in zip(together, alone, strict=True):
+        mine, theirs = ([step.dose for step in one.track.steps] for one in (mine, theirs))
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+def test_nobody_enters_where_rows_cannot_be_replaced_or_are_rewound(tiny, entered):
+    loaded = tiny("qwen3_next")  # with running states
+    sampling = Sampling(max_new_tokens=12, until=often(loaded))
+    assert mixed(loaded, sampling, batch_size=3) == [mixed(loaded, sampling, rows=[i])[0] for i in range(12)]
+    mixed(tiny(), sampling, Course(backtrack=Backtrack()), batch_size=3)
+    assert not entered
 
 
 def test_every_finish_is_told_once(tiny):

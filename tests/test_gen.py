@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from shl.core import running
 from shl.core.defaults import GenConfig, VectorConfig
 from shl.core.errors import Mismatch, ShlError
 from shl.core.records import Prompt, check_record, dumps
@@ -70,9 +71,12 @@ def test_neither_batch_nor_block_matters(loaded, vector, records, change):
         assert a["scores"] == pytest.approx(b["scores"], rel=1e-5)
 
 
-@pytest.mark.parametrize("start", [0, 1, 4, 5, 17, 18])
-def test_a_run_taken_up_again_writes_the_same_bytes(loaded, vector, start):
-    cfg = replace(CFG, block=4)
+@pytest.mark.parametrize("change", [{"block": 4}, {"batch_size": 3}], ids=["block", "batch"])
+@pytest.mark.parametrize("start", [0, 1, 3, 4, 5, 14, 15, 17, 18])
+@pytest.mark.parametrize("entering", [False, True])
+def test_a_run_taken_up_again_writes_the_same_bytes(loaded, vector, start, change, entering, monkeypatch):
+    monkeypatch.setattr(running, "entering_pays", lambda device: entering)
+    cfg = replace(CFG, **change)
     whole = [dumps(r) for r in generate(loaded, PROMPTS, cfg, vector)]
     assert [dumps(r) for r in generate(loaded, PROMPTS, cfg, vector, start=start)] == whole[start:]
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from architectures import MAKERS, REFUSED
 from conftest import make_tokenizer
 from shl.bake import bake
+from shl.core import running
 from shl.core.batches import left_pad, positions_of
 from shl.core.decode import Sampling, decode
 from shl.core.defaults import EvalConfig, GenConfig, TrainConfig, VectorConfig
@@ -83,24 +84,28 @@ def test_each_padded_row_is_as_if_alone(tiny, kind):
 
 
 @every
-def test_each_step_from_the_cache_is_a_whole_pass(tiny, kind):
-    """`gen`: tokens of a steered batch, decoded with a cache while rows end and leave, are those of whole passes"""
+def test_each_step_from_the_cache_is_a_whole_pass(tiny, monkeypatch, kind):
+    """`gen`: tokens of a steered batch, decoded with a cache while rows end, leave and enter, are those of whole
+    passes"""
     loaded = tiny(kind)
-    v, coeffs = {loaded.n_blocks // 2: direction(loaded)}, [0.0, 0.5, -2.0]
+    v, coeffs = {loaded.n_blocks // 2: direction(loaded)}, [0.0, 0.5, -2.0] * 3
+    monkeypatch.setattr(running, "entering_pays", lambda device: True)
+    ends = loaded.stop_ids | frozenset(range(0, 512, 6))
+    prompts = [ids[:1] + [token + shift for token in ids[1:]] for shift in (0, 1, 2) for ids in IDS]
     with Steering(loaded, v) as steering:
         done = decode(
-            loaded, IDS, seeds=[0] * 3, sampling=Sampling(max_new_tokens=6, greedy=True), steering=steering,
-            coeffs=coeffs, batch_size=3,
+            loaded, prompts, seeds=[0] * 9, sampling=Sampling(max_new_tokens=6, greedy=True, until=ends),
+            steering=steering, coeffs=coeffs, batch_size=3,
         )  # fmt: skip
-        for ids, coeff, answer in zip(IDS, coeffs, done, strict=True):
+        for ids, coeff, answer in zip(prompts, coeffs, done, strict=True):
             steering.set([coeff])
             whole = logits(loaded.model, ids + answer.ids)
-            ends = [answer.ids[i] if i < len(answer.ids) else None for i in range(len(answer.ids) + 1)]
-            for token, at in zip(ends, whole[len(ids) - 1 :], strict=True):
+            said = [answer.ids[i] if i < len(answer.ids) else None for i in range(len(answer.ids) + 1)]
+            for token, at in zip(said, whole[len(ids) - 1 :], strict=True):
                 if token is not None:
                     assert at[token] >= at.max() - 1e-4 * float(at.abs().max())
                 elif answer.finish == "stop":
-                    assert int(at.argmax()) in loaded.stop_ids
+                    assert int(at.argmax()) in ends
 
 
 @every

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from shl import cli
+from shl.core import running
+from shl.core.decode import Sampling, decode
 from shl.core.defaults import DoseConfig, EvalConfig, GenConfig, TrainConfig, VectorConfig
 from shl.core.errors import ShlError
 from shl.core.memory import batched, ran_out
@@ -139,6 +141,28 @@ class TestSteps:
         err = capsys.readouterr().err
         assert err.count("out of memory while decoding") == err.count("out of memory while scoring") == 2
         assert "decoding 4 rows at once: going on with 2" in err
+
+    @pytest.mark.parametrize("entering", [False, True])
+    def test_what_had_ended_when_memory_ran_out_stays(self, model, capsys, monkeypatch, entering):
+        monkeypatch.setattr(running, "entering_pays", lambda device: entering)
+        prompts, passes, told = [[1, *range(40, 40 + n)] for n in range(1, 25, 2)], [], []
+        sampling = Sampling(max_new_tokens=30, until=frozenset(range(0, 512, 8)))
+
+        def fail(module, args, kwargs):
+            passes.append(len(args[0] if args else kwargs["hidden_states"]))
+            if len(passes) == 25:
+                assert 3 < len(told) < 11
+                told.append(None)
+                raise MemoryError
+
+        whole = decode(model, prompts, seeds=range(12), sampling=sampling, batch_size=4)
+        handle = model.blocks[-1].register_forward_pre_hook(fail, with_kwargs=True)
+        again = decode(
+            model, prompts, seeds=range(12), sampling=sampling, batch_size=4, on_finish=lambda i, _: told.append(i)
+        )
+        handle.remove()
+        assert again == whole and sorted(told[: told.index(None)] + told[told.index(None) + 1 :]) == list(range(12))
+        assert max(passes[25:]) == 2 and "decoding 4 rows at once: going on with 2" in capsys.readouterr().err
 
     def test_gen_that_rewinds(self, model):
         vector = extract(model, *PERSONAS, PROMPTS, VectorConfig())

@@ -14,11 +14,12 @@ from torch import nn
 
 from shl import cli
 from shl.core.cache import check_replaceable, new_cache
-from shl.core.decode import Sampling, _State, decode
+from shl.core.decode import Sampling, decode
 from shl.core.defaults import GenConfig, VectorConfig
 from shl.core.errors import InputError, ShlError
 from shl.core.hooks import Capture, Steering
 from shl.core.records import Prompt, check_record, dumps
+from shl.core.running import Running
 from shl.core.sampling import surprises
 from shl.core.scores import nll_per_token
 from shl.core.trajectory import EVERY, SPAN, WINDOW, Backtrack, Course, Rewind, Step, Track, course_of
@@ -318,7 +319,7 @@ def test_a_rewind_leaves_no_trace(each, drawn, course):
         return tokens
 
     with torch.inference_mode(), Steering(each, middle(each)) as steering:
-        state = _State(each, tracks, SEEDS, Sampling(max_new_tokens=40), steering)
+        state = Running(each, tracks, SEEDS, Sampling(max_new_tokens=40), steering)
         for _ in range(drawn):
             state.advance(step(state))
         tokens = step(state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import islice
+from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
 
 from shl.core import ranks
@@ -94,8 +94,7 @@ def generate(
         "adapters": loaded.adapters,
         "vector": None if vector is None else vector.digest,
     }
-    size = cfg.block or cfg.batch_size
-    skipped = start // size * size
+    skipped, sizes = _blocks(start, cfg)
     todo = islice(rows(prompts, cfg, coeffs), skipped, None)
     total = count(len(prompts), cfg, vector is not None)
     rate = Rate()
@@ -108,13 +107,21 @@ def generate(
 
     with progress("generating", max(0, total - skipped)) as bar:
         at = skipped
-        for records in ranks.spread(iter(lambda: list(islice(todo, size)), []), made):
+        for records in ranks.spread(iter(lambda: list(islice(todo, next(sizes))), []), made):
             for record in records:
                 if watch is not None:
                     bar.advance(0, **watch(record))
                 if at >= start:
                     yield record
                 at += 1
+
+
+def _blocks(start: int, cfg: GenConfig) -> tuple[int, Iterator[int]]:
+    """Where the block begins that holds record `start`, and the sizes of the blocks from there on."""
+    first, size = cfg.block or cfg.batch_size, cfg.block or 4 * cfg.batch_size
+    if start < first:
+        return 0, chain([first], repeat(size))
+    return first + (start - first) // size * size, repeat(size)
 
 
 def _coeffs(cfg: GenConfig, steered: bool) -> tuple[float, ...]:

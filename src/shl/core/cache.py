@@ -46,6 +46,13 @@ class GrowingLayer(DynamicLayer):
         new[:, :, :used] = room[:, :, :used]
         return new
 
+    def cut(self, n: int) -> None:
+        """Forget the first n columns; their memory goes with the next growth."""
+        if self.is_initialized:
+            used = self.get_seq_length() - n
+            self._room_k, self._room_v = self._room_k[:, :, n:], self._room_v[:, :, n:]
+            self.keys, self.values = self._room_k[:, :, :used], self._room_v[:, :, :used]
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row; the room ends with the states, and grows when more come."""
         super().batch_repeat_interleave(repeats)
@@ -60,9 +67,14 @@ class GrowingLayer(DynamicLayer):
             self.keys, self.values = self._room_k[:, :, :used], self._room_v[:, :, :used]
 
 
+def unreplaceable(cache: DynamicCache) -> set[str]:
+    """The kinds of its layers whose rows cannot be replaced, such as those with a running state instead of tokens."""
+    return {type(layer).__name__ for layer in cache.layers} - {"GrowingLayer", "DynamicSlidingWindowLayer"}
+
+
 def check_replaceable(cache: DynamicCache) -> None:
-    """Refuse a cache whose rows cannot be replaced, such as one that holds a running state instead of tokens."""
-    if odd := {type(layer).__name__ for layer in cache.layers} - {"GrowingLayer", "DynamicSlidingWindowLayer"}:
+    """Refuse a cache whose rows cannot be replaced."""
+    if odd := unreplaceable(cache):
         raise ShlError(f"rows of a cache with {', '.join(sorted(odd))} cannot be rewound", hint="leave --backtrack out")
 
 
@@ -79,6 +91,17 @@ def replace_rows(cache: DynamicCache, rows: Tensor, part: DynamicCache) -> None:
             n = min(layer.keys.shape[2], fresh.keys.shape[2])
             layer.keys[rows, :, -n:] = fresh.keys[:, :, -n:]
             layer.values[rows, :, -n:] = fresh.values[:, :, -n:]
+
+
+def cut_columns(cache: DynamicCache, n: int) -> None:
+    """Forget the first n columns of a cache whose rows can be replaced: no row has a token there any more."""
+    for layer in cache.layers:
+        if isinstance(layer, GrowingLayer):
+            layer.cut(n)
+        elif layer.is_initialized:
+            layer.cumulative_length -= n
+            held = min(layer.keys.shape[2], layer.cumulative_length)
+            layer.keys, layer.values = layer.keys[:, :, -held:], layer.values[:, :, -held:]
 
 
 def keeps_tokens(cache: DynamicCache) -> bool:
@@ -130,6 +153,13 @@ class DecodeMasks:
         """Let only the last columns of some rows hold tokens: `lengths` of those seen so far."""
         columns = torch.arange(self.seen, device=self.full.device)
         self.full[rows, : self.seen] = columns >= self.seen - lengths[:, None]
+        self._pads()
+
+    def cut(self, n: int, steps: int) -> None:
+        """Forget the first n columns, and be ready for so many more steps."""
+        seen = self.full[:, n : self.seen]
+        self.full = torch.cat([seen, seen.new_ones(len(seen), steps)], 1)
+        self.seen -= n
         self._pads()
 
     def step(self) -> Any:

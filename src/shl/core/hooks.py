@@ -72,7 +72,8 @@ class Steering(_Hooks):
         new = torch.as_tensor(coeffs, dtype=torch.float32)
         new = (new if new.dim() == 2 else new.reshape(-1, 1))[..., None].cpu()
         if new.shape == self.coeff.shape:
-            self.coeff.copy_(new)
+            with torch.inference_mode():  # where the tensor may come from
+                self.coeff.copy_(new)
         else:
             self.coeff = new.clone()
         self._shift.clear()

@@ -56,28 +56,42 @@ def _alone(
     loaded: Loaded, rows: Sequence[Row], size: int, work: Callable[[Sequence[Row]], Result], what: str
 ) -> Iterator[tuple[Sequence[Row], Result]]:
     """The batches of one process."""
-    at, size = 0, min(size, loaded.fits.get(what, size))
+    at = 0
+
+    def most() -> int:
+        return min(size, len(rows) - at)
+
+    def attempt(n: int) -> tuple[Sequence[Row], Result]:
+        return rows[at : at + n], work(rows[at : at + n])
+
     while at < len(rows):
-        chosen = rows[at : at + size]
+        chosen, result = fitted(loaded, most, attempt, what)
+        at += len(chosen)
+        yield chosen, result
+
+
+def fitted(loaded: Loaded, most: Callable[[], int], work: Callable[[int], Result], what: str) -> Result:
+    """What `work(n)` makes with at most n rows at once: `most()` of them, but no more than are known to fit.
+
+    When memory runs out inside it is called again with half as many. It may keep what it has finished by then; `most`
+    is asked anew, so that it can say how many rows are left.
+    """
+    while True:
+        size = min(most(), loaded.fits.get(what, most()))
         try:
-            result = work(chosen)
+            return work(size)
         except Exception as error:
             if not ran_out(error):
                 raise
-            if len(chosen) == 1:
+            if size == 1:
                 raise ShlError(
                     f"out of memory while {what}, with one row at a time",
                     hint="use --dtype bfloat16, shorter texts, or a device with more memory",
                 ) from error
-            size = len(chosen) // 2
-        else:
-            at += len(chosen)
-            yield chosen, result
-            continue
         # only here is the error gone, and with it the tensors that its frames held
         _free()
-        loaded.fits[what] = size
-        warn(f"out of memory while {what} {len(chosen)} rows at once: going on with {size}")
+        loaded.fits[what] = size // 2
+        warn(f"out of memory while {what} {size} rows at once: going on with {size // 2}")
 
 
 def _free() -> None:
