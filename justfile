@@ -65,7 +65,7 @@ kills *ARGS:
 # every regulariser by three seeds on unfiltered text, base against prev in a second round (an hour of one core; resumes)
 u2 RUN="runs/u2" LEDGER="results.tsv":
     PERSONA=authority SPLIT=test SEEDS="${SEEDS:-100 101 102}" RUN={{RUN}} LEDGER={{LEDGER}} GEN="-n 32 --coeff 0,0.5,0.75,1" \
-        FILTER="--rel-ppl none --rel-tail-ppl none --rel-nats none --max-rep none --max-similarity none --min-tokens 1 --allow-narration --allow-refusal" \
+        LATER="-n 32 --coeff 0,0.1,0.2,0.35" FILTER="--rel-ppl none --rel-tail-ppl none --rel-nats none --max-rep none --max-similarity none --min-tokens 1 --allow-narration --allow-refusal" \
         EVAL="--free 128 --label study=u2" REGS="${REGS:-nll nll@0.5 nll@0.75 kl_rev-rmse kl_rev-mean kl_fwd-rmse kl_fwd-mean wd100 spectral5 \
         kl_rev-rmse,kl_rev-rmse-base kl_rev-rmse,kl_rev-rmse-prev kl_rev-rmse,kl_rev-mean-base kl_rev-rmse,kl_rev-mean-prev \
         kl_rev-rmse,kl_fwd-rmse-base kl_rev-rmse,kl_fwd-rmse-prev kl_rev-rmse,kl_fwd-mean-base kl_rev-rmse,kl_fwd-mean-prev \

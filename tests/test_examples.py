@@ -135,7 +135,8 @@ class TestPlan:
         assert read[2] == ("nll@0.5", read[1][1], "0.5") and {scale for _, _, scale in read} == {None, "0.5"}
 
     def test_second_rounds_of_a_sweep_share_the_first(self, calls):
-        made = calls("sweep", "run", REGS="nll nll,kl_rev-base nll,kl_rev-prev", SEEDS="3", RUN="run")
+        env = {"REGS": "nll nll,kl_rev-base nll,kl_rev-prev", "SEEDS": "3", "RUN": "run", "LATER": "--samples 9"}
+        made = calls("sweep", "run", **env)
         first, data = ["run/s3/nll/r0/adapter"], "run/s3/nll/r1"
         steps = [(words[0], parse(words)) for words in made]
         assert [(t["adapter"], str(t["out"])) for step, t in steps if step == "vector"] == [
@@ -145,7 +146,8 @@ class TestPlan:
         assert [(t["source"], t["adapter"], t["ref_"], str(t["out"])) for step, t in steps if step == "train"][1:] == [
             (f"{data}/keep.jsonl", first, ref, f"run/s3/nll,kl_rev-{ref}/r1/adapter") for ref in ("base", "prev")
         ]
-        assert len({t["seed"] for step, t in steps if step == "gen"}) == 2
+        made_by = [(t["seed"], t["samples"]) for step, t in steps if step == "gen"]
+        assert [samples for _, samples in made_by] == [None, 9] and made_by[0][0] != made_by[1][0]
 
     def test_a_word_that_names_nothing_is_told(self, tmp_path):
         done = run("sweep", tmp_path, None, REGS="kl_rev-rsme", PATH=f"/bin:/usr/bin:{tmp_path}")
