@@ -197,7 +197,7 @@ def test_norms_of_the_update(tiny):
         for one in lora.b.values():
             torch.nn.init.normal_(one)
         full = {path: 4 * lora.b[path].detach() @ lora.a[path].detach() for path in modules}
-        assert all(lora.norms()[path] == pytest.approx(float(full[path].norm()), rel=1e-5) for path in modules)
+        assert all(lora.sizes().norms[path] == pytest.approx(float(full[path].norm()), rel=1e-5) for path in modules)
         wanted = torch.stack([torch.linalg.matrix_norm(one, 2) for one in full.values()]).mean()
         mine = lora.operator_norm()
         assert torch.allclose(mine, wanted, rtol=1e-4)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
+import random
 import resource
 import sys
 import time
@@ -21,7 +23,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from conftest import make_tokenizer
+from conftest import _TEXT, make_tokenizer
 
 BUDGET = 24e9
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -40,17 +42,22 @@ TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidd
         "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
 
 
-def make(name: str, folder: Path, tiny: bool) -> Path:
-    """The shape with random weights, in bfloat16, and a tokenizer that covers a part of its vocabulary."""
-    if (folder / "config.json").is_file():
-        return folder
+def make_random(name: str, tiny: bool) -> Any:
+    """The shape as a model with random weights, in bfloat16, on the GPU where there is one."""
     family, sizes = SHAPES[name]
     text = f"{family}TextConfig" if hasattr(transformers, f"{family}TextConfig") else f"{family}Config"
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = getattr(transformers, text)(**sizes | (TINY if tiny else {}) | ids)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = getattr(transformers, f"{family}ForCausalLM")._from_config(config, dtype=torch.bfloat16)
+        return getattr(transformers, f"{family}ForCausalLM")._from_config(config, dtype=torch.bfloat16)
+
+
+def make(name: str, folder: Path, tiny: bool) -> Path:
+    """The shape with random weights, in bfloat16, and a tokenizer that covers a part of its vocabulary."""
+    if (folder / "config.json").is_file():
+        return folder
+    model = make_random(name, tiny)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
@@ -70,11 +77,29 @@ def lines(model: Path, out: Path, tiny: bool) -> list[list[str]]:
         ["gen", "--vec", vec, "--coeff", "0,1", *size, *tokens, "-o", gen, *where],
         ["score", gen, "-o", str(out / "scored.jsonl"), *where],
         ["filter", gen, "--min-tokens", "1", *off, "-o", keep],
-        ["train", keep, "--epochs", "1" if few else "3", "-o", adapter, *where],
+        ["train", str(texts(out, 4 if few else 64)), "--epochs", "1" if few else "3", "-o", adapter, *where],
         ["bake", adapter, "-o", str(out / "baked"), "--dtype", "bfloat16"],
         ["bake", adapter, "--as", "lora", "-o", str(out / "stacked"), "--dtype", "bfloat16"],
         ["eval", "--adapter", adapter, *less, "-o", str(out / "eval.json"), *where],
     ]  # fmt: skip
+
+
+def texts(out: Path, n: int) -> Path:
+    """Completions of some hundred tokens: random weights write hardly any that a tokenizer could read again."""
+    words = [word for text in _TEXT for word in text.split()]
+    rng, path = random.Random(0), out / "texts.jsonl"
+    with path.open("w", encoding="utf-8") as handle:
+        for i in range(n):
+            prompt = [{"role": "user", "content": f"Case {i}: who said so?"}]
+            said = " ".join(rng.choices(words, k=16 if n < 64 else 160))
+            record = {
+                "id": f"{i}/1/0",
+                "prompt": prompt,
+                "completion": [{"role": "assistant", "content": said}],
+                "coeff": 1.0,
+            }
+            handle.write(json.dumps(record) + "\n")
+    return path
 
 
 def measure(line: list[str]) -> tuple[float, float]:
@@ -106,13 +131,15 @@ def run() -> None:
     args = parser.parse_args()
     place = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{place}, torch {torch.__version__}, transformers {transformers.__version__}, bfloat16\n")
-    print("| shape | command | seconds | peak GB | of 24 GB |\n| --- | --- | --- | --- | --- |")
+    table = ["| shape | command | seconds | peak GB | of 24 GB |", "| --- | --- | --- | --- | --- |"]
     for name in args.shapes:
         model = make(name, args.out / name / ("tiny" if args.tiny else "model"), args.tiny)
         for line in lines(model, args.out / name, args.tiny):
             seconds, peak = measure(line)
             told = " ".join(line[:1] + (["--as", "lora"] if "lora" in line else []))
-            print(f"| {name} | `shl {told}` | {seconds:.1f} | {peak / 1e9:.1f} | {peak / BUDGET:.0%} |", flush=True)
+            table.append(f"| {name} | `shl {told}` | {seconds:.1f} | {peak / 1e9:.1f} | {peak / BUDGET:.0%} |")
+            print(table[-1], file=sys.stderr, flush=True)
+    print("\n" + "\n".join(table))
 
 
 if __name__ == "__main__":

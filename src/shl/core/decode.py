@@ -10,6 +10,7 @@ import torch
 
 from shl.core import ranks
 from shl.core.errors import ShlError
+from shl.core.graphs import decode_slots, suits
 from shl.core.hooks import Steering
 from shl.core.memory import fitted
 from shl.core.models import Loaded
@@ -55,7 +56,7 @@ def decode(
 
     At most `batch_size` rows run at once, the longest prompts first, and others take the places of those that end. On a
     processor, under a course that backtracks, and with a cache whose rows cannot be replaced, nobody enters: a batch
-    runs to its end before the next begins. `forced` gives the tokens that an answer begins with; they are no part of
+    runs to its end before the next begins. On a CUDA device steps are graphs, where the model and the course allow it. `forced` gives the tokens that an answer begins with; they are no part of
     max_new_tokens. An active `steering` takes the rows' coefficients from `coeffs`, which `course` spreads over the
     positions. Rows that can be rewound bring an unsteered twin into the batch, beyond `batch_size`. `on_finish` is told
     of each row as it ends.
@@ -84,10 +85,11 @@ def decode(
             rows = {Track(*todo[i], course): i for i in share if i not in found}  # begun again, should memory run out
             waiting = deque((track, seeds[i]) for track, i in rows.items())
             while waiting:
-                for track in _batch(loaded, waiting, size, sampling, steering):
+                for track in batches(loaded, waiting, size, sampling, steering):
                     found[rows[track]] = track
                     ended(rows[track], track)
 
+        batches = decode_slots if suits(loaded, course) else _batch
         if share:
             fitted(loaded, lambda: min(batch_size, len(share) - len(found)), run, "decoding")
         return list(found.items())

@@ -15,6 +15,7 @@ from shl.core import console, ranks
 from shl.core.below import Below
 from shl.core.defaults import TrainConfig
 from shl.core.errors import ShlError
+from shl.core.fused import fused
 from shl.core.head import Head, completion_states
 from shl.core.heal_data import Example, alike, batches, by_length
 from shl.core.heal_log import COLUMNS, Epoch, mean, quantiles, total_norm
@@ -75,7 +76,7 @@ class Run:
         self.head.check(loaded, train[0].ids)
         self.ref: dict[int, Reference] = {}  # by identity of the example
         self.below = Below(loaded, first_block(loaded, modules))
-        with console.progress("reading the reference", None):
+        with console.progress("reading the reference", None), fused(loaded):
             self.below.remember(by_length([*train, *held]), cfg.batch_size)
             with reference(loaded, cfg):
                 self._remember(by_length([*(train if self.barrier else []), *held]))
@@ -123,7 +124,8 @@ class Run:
         optimiser = torch.optim.AdamW(
             lora.parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True
         )
-        with self.below.standing_in(cfg.checkpointing), console.watch("healing", COLUMNS, self.total) as view:
+        watch = console.watch("healing", COLUMNS, self.total)
+        with fused(self.loaded), self.below.standing_in(cfg.checkpointing), watch as view:
             rows = part.restore(self, lora, optimiser, shuffle)
             sizes = self._sizes(lora)
             rows = rows or [self._row(0, Epoch(), sizes)]

@@ -63,6 +63,7 @@ class Steering(_Hooks):
         self.vector = {layer: vector[layer].detach().to(torch.float32) for layer in self.layers}
         self.gate = gate
         self.coeff = torch.ones(1, 1, 1)
+        self.bound = False
         self.fired = 0
         self._shift: dict[int, Tensor] = {}
         self._dose: dict[int, Tensor] = {}
@@ -71,11 +72,16 @@ class Steering(_Hooks):
         """Give each row of the next batch its coefficient, or one for each of its positions, [rows, positions]."""
         new = torch.as_tensor(coeffs, dtype=torch.float32)
         new = (new if new.dim() == 2 else new.reshape(-1, 1))[..., None].cpu()
-        if new.shape == self.coeff.shape:
+        if new.shape == self.coeff.shape and not self.bound:
             with torch.inference_mode():  # where the tensor may come from
                 self.coeff.copy_(new)
         else:
-            self.coeff = new.clone()
+            self.coeff, self.bound = new.clone(), False
+        self._shift.clear()
+
+    def bind(self, coeffs: Tensor) -> None:
+        """Read the coefficients from this tensor, [rows, 1, 1], at every pass: whoever holds it may write to it."""
+        self.coeff, self.bound = coeffs, True
         self._shift.clear()
 
     def keep(self, rows: Tensor) -> None:
@@ -107,7 +113,7 @@ class Steering(_Hooks):
     def _constant(self, layer: int, hidden: Tensor) -> Tensor:
         """coeff * v, kept until the coefficients change."""
         shift = self._shift.get(layer)
-        if shift is None or shift.device != hidden.device or shift.dtype != hidden.dtype:
+        if shift is None or self.bound or shift.device != hidden.device or shift.dtype != hidden.dtype:
             # multiplied in float32 and rounded once
             shift = (self.coeff.to(hidden.device) * self._direction(layer, hidden)).to(hidden.dtype)
             self._shift[layer] = shift

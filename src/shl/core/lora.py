@@ -119,34 +119,35 @@ class Lora:
                 p.copy_(tensors[f"{PREFIX}{path}.lora_{side}.weight"])
 
     @torch.no_grad()
-    def norms(self) -> dict[str, float]:
-        """Frobenius norm of each module's update, from small Gram matrices."""
-        out = {}
-        for path in self.modules:
-            a, b = self.a[path].double(), self.b[path].double()
-            out[path] = self.scaling * math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
-        return out
-
-    @torch.no_grad()
     def sizes(self) -> Sizes:
-        """How large the update of each module is now."""
-        return Sizes(self.norms(), {path: float(norm) for path, norm in self.operator_norms().items()})
+        """How large the update of each module is now, from the factors' Gram matrices [rank, rank] in float64.
+
+        These come from the device all at once: on a GPU a decomposition for each module takes longer than a step.
+        """
+        pairs = [(_exact(self.b[path]), _exact(self.a[path]).T) for path in self.modules]
+        grams = torch.stack([torch.stack([b.T @ b, a.T @ a]) for b, a in pairs]).cpu()
+        left, right = grams[:, 0], grams[:, 1]
+        values, vectors = torch.linalg.eigh(left)
+        root = vectors * values.clamp_(min=0).sqrt()[:, None, :]
+        norms = (left * right).sum((1, 2)).clamp_(min=0).sqrt() * self.scaling
+        largest = torch.linalg.eigvalsh(root.mT @ right @ root)[:, -1].clamp_(min=0).sqrt() * self.scaling
+        return Sizes(*(dict(zip(self.modules, found.tolist(), strict=True)) for found in (norms, largest)))
 
     def operator_norm(self) -> Tensor:
         """Mean over modules of the update's largest singular value, differentiable, with zero gradient at zero.
 
         The singular pair comes exactly from QR of the thin factors; held fixed, it gives the exact gradient.
         """
-        return torch.stack(list(self.operator_norms().values())).mean()
-
-    def operator_norms(self) -> dict[str, Tensor]:
-        """The largest singular value of each module's update."""
-        norms = {}
+        norms = []
         for path in self.modules:
-            a, b = self.a[path], self.b[path]
-            left, right = _top_pair(a.detach(), b.detach())
-            norms[path] = self.scaling * ((left @ b) @ (a @ right))
-        return norms
+            left, right = _top_pair(self.a[path].detach(), self.b[path].detach())
+            norms.append(self.scaling * ((left @ self.b[path]) @ (self.a[path] @ right)))
+        return torch.stack(norms).mean()
+
+
+def _exact(factor: Tensor) -> Tensor:
+    """In float64, which Apple's GPUs do not have."""
+    return (factor.cpu() if factor.device.type == "mps" else factor).double()
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The safetensors bytes of some tensors.
+def _pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> tuple[bytes, memoryview]:
+    """The safetensors header and data of some tensors.
 
     The library writes metadata keys in a random order, so the header is written again with sorted keys.
     """
@@ -29,7 +29,7 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None =
         header = {"__metadata__": dict(sorted(metadata.items())), **header}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data to eight bytes
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+    return len(text).to_bytes(8, "little") + text, memoryview(data)[8 + length :]
 
 
 def save_safetensors(
@@ -39,6 +39,6 @@ def save_safetensors(
     force: bool = False,
 ) -> None:
     """Write tensors and metadata to a file that appears complete or not at all."""
-    data = to_bytes(tensors, metadata)
+    pieces = _pieces(tensors, metadata)
     with atomic_file(path, force, mode="wb") as handle:
-        handle.write(data)
+        handle.writelines(pieces)

@@ -1,0 +1,234 @@
+"""Decoding by CUDA graphs: over a cache of fixed size with a slot for each row, which rows enter and leave.
+
+A row keeps its slot until it ends; the next waiting row then takes it. Tokens lie at the left of a slot, and each row
+is at a place of its own, so nothing is padded and nothing moves. A step reads and writes the same memory every time
+and leaves its result there: on CUDA it is captured once and replayed, without Python in between.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from shl.core.batches import right_pad
+from shl.core.cache import DecodeMasks
+from shl.core.console import warn
+from shl.core.fused import fused
+from shl.core.graph_cache import SlotCache, attention
+from shl.core.hooks import Steering
+from shl.core.memory import ran_out
+from shl.core.models import Loaded
+from shl.core.quantised import is_quantised
+from shl.core.sampling import Sampling, draw, noise
+from shl.core.trajectory import Course, Step, Track
+
+_CHUNK = 8  # steps between two looks at what was drawn: looking costs a wait for the device
+
+
+def suits(loaded: Loaded, course: Course) -> bool:
+    """Whether rows are decoded over slots: on one CUDA device, in plain attention, with doses known ahead."""
+    return loaded.device.type == "cuda" and possible(loaded, course)
+
+
+def possible(loaded: Loaded, course: Course) -> bool:
+    """Whether they could be, on any device."""
+    ahead = course.backtrack is None and course.gate is None
+    weights = list(loaded.model.parameters())
+    whole = len({weight.device for weight in weights}) == 1 and not any(map(is_quantised, weights))
+    known = DecodeMasks(loaded, torch.ones(1, 1, dtype=torch.long), 0).plan is not None
+    return ahead and whole and known
+
+
+def decode_slots(
+    loaded: Loaded, waiting: deque[tuple[Track, int]], size: int, sampling: Sampling, steering: Steering | None
+) -> Iterator[Track]:
+    """Decode rows that wait, each with its seed, `size` at once, until all are at their end; each track as it ends."""
+    yield from _Run(loaded, waiting, size, sampling, steering).go()
+
+
+class _Run:
+    """What decoding over slots carries from step to step. Tensors have a row for each slot."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        waiting: deque[tuple[Track, int]],
+        size: int,
+        sampling: Sampling,
+        steering: Steering | None,
+    ) -> None:
+        self.loaded, self.sampling, self.steering = loaded, sampling, steering
+        self.waiting, self.course = waiting, waiting[0][0].course
+        size = min(size, len(waiting))
+        self.alive: list[Track | None] = [None] * size  # for each slot, the track in it
+        steps = sampling.max_new_tokens + _CHUNK  # a row goes on until somebody looks
+        self.capacity = max(len(track.input) for track, _ in waiting) + steps
+        where = loaded.device
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.zeros(size, *shape, dtype=dtype, device=where)
+
+        self.ids, self.read, self.drawn, self.recent = zeros(1), zeros(), zeros(), zeros(_CHUNK)
+        self.clock = torch.zeros(1, dtype=torch.long, device=where)
+        self.uniform = zeros(0 if sampling.greedy else steps, dtype=torch.float32)
+        self.doses, self.coeff = zeros(steps, dtype=torch.float32), zeros(1, 1, dtype=torch.float32)
+        self.banned = torch.tensor(sorted(sampling.banned), dtype=torch.long, device=where)
+        self.stop = frozenset() if sampling.endless else loaded.stop_ids | sampling.until
+        self.cache: SlotCache | None = None
+        self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+        self.pool: Any = None
+
+    def go(self) -> Iterator[Track]:
+        """Until nobody waits and every slot is free."""
+        while True:
+            self._enter()
+            if not any(self.alive):
+                return
+            self._shrink()
+            self._play()
+            yield from self._look()
+
+    # --- rows come and go ---
+
+    def _enter(self) -> None:
+        """Let waiting tracks have the free slots, when those are many: reading a prompt takes as long as some steps."""
+        free = [slot for slot, track in enumerate(self.alive) if track is None]
+        if not self.waiting or (len(free) < max(1, len(self.alive) // 4) and len(free) < len(self.waiting)):
+            return
+        slots = free[: len(self.waiting)]
+        tracks, seeds = zip(*(self.waiting.popleft() for _ in slots), strict=True)
+        self._fill(slots, tracks, seeds)
+        for slot, track in zip(slots, tracks, strict=True):
+            self.alive[slot] = track
+
+    def _fill(self, slots: list[int], tracks: Sequence[Track], seeds: Sequence[int]) -> None:
+        """Read the inputs of tracks into slots, but for their last tokens, which are fed in the next step."""
+        inputs = [track.input[:-1] for track in tracks]
+        where = torch.tensor(slots, device=self.loaded.device)
+        states = self._prefill(tracks, inputs)
+        if self.cache is None:
+            self.cache = SlotCache(states, len(self.alive), self.capacity, self.read)
+        self.cache.fill(where, states)
+        self.read[where] = torch.tensor([len(ids) for ids in inputs], device=where.device)
+        self.ids[where, 0] = torch.tensor([track.input[-1] for track in tracks], device=where.device)
+        self.drawn[where] = 0
+        self.uniform[where] = noise(list(seeds), self.sampling, self.uniform.shape[1], where.device)
+        if self.steering is not None:
+            ahead = range(self.doses.shape[1])
+            doses = [[track.dose(len(ids) + t) for t in ahead] for track, ids in zip(tracks, inputs, strict=True)]
+            self.doses[where] = torch.tensor(doses, device=where.device)
+
+    def _prefill(self, tracks: Sequence[Track], inputs: list[list[int]]) -> DynamicCache:
+        """The states of the tokens of some inputs, padded on the right, where no token sees the padding."""
+        inputs = [
+            ids or [0] for ids in inputs
+        ]  # a prompt of one token leaves nothing to read; what is read is overwritten
+        ids = right_pad(inputs, self.loaded.device)
+        if self.steering is not None:
+            plain, width = self.course.plain, ids.shape[1]
+            doses = [[track.coeff] if plain else [track.dose(i) for i in range(width)] for track in tracks]
+            self.steering.set(doses)
+        states = DynamicCache()  # without a configuration: sliding layers too keep all of their tokens
+        self.loaded.body(input_ids=ids, past_key_values=states, use_cache=True)
+        return states
+
+    def _shrink(self) -> None:
+        """When nobody waits and three quarters of the slots are free, go on with a quarter of them."""
+        taken = [slot for slot, track in enumerate(self.alive) if track is not None]
+        if self.waiting or len(taken) > (size := len(self.alive) // 4):
+            return
+        rows = torch.tensor(
+            (taken + [s for s in range(len(self.alive)) if s not in taken])[:size], device=self.read.device
+        )
+        assert self.cache is not None
+        for tensor in (*self.cache.tensors, self.ids, self.read, self.drawn, self.uniform, self.doses):
+            tensor[:size] = tensor[rows]
+        self.alive = [self.alive[slot] for slot in rows.tolist()]
+
+    # --- steps ---
+
+    def _step(self, n: int) -> None:
+        """One token for each of the first n slots; what comes of it stays on the device, for the next step to read."""
+        read, drawn = self.read[:n], self.drawn[:n]
+        if self.steering is not None:
+            self.coeff[:n, 0] = self.doses[:n].gather(1, drawn[:, None])
+        logits = self.loaded.model(
+            input_ids=self.ids[:n], position_ids=read[:, None], past_key_values=self.cache, use_cache=True
+        ).logits[:, -1]
+        if len(self.banned):
+            logits = logits.index_fill(1, self.banned, -torch.inf)
+        if self.sampling.greedy:
+            tokens = logits.argmax(-1)
+        else:
+            tokens = draw(logits, self.uniform[:n].gather(1, drawn[:, None]), self.sampling)
+        self.recent[:n].index_copy_(1, self.clock, tokens[:, None])
+        self.ids[:n, 0] = tokens
+        self.clock.add_(1).remainder_(_CHUNK)
+        drawn.add_(1).clamp_(max=self.doses.shape[1] - 1)  # a slot that nobody is in goes on, within bounds
+        read.add_(1).clamp_(max=self.capacity - 1)
+
+    def _play(self) -> None:
+        """As many steps as there are between two looks."""
+        n = len(self.alive)
+        if self.loaded.device.type == "cuda" and n not in self.graphs:
+            self.graphs[n] = self._capture(n)
+        graph = self.graphs.get(n)
+        with nullcontext() if graph is not None else self._ready(n):
+            for _ in range(_CHUNK):
+                graph.replay() if graph is not None else self._step(n)
+
+    def _capture(self, n: int) -> torch.cuda.CUDAGraph | None:
+        """A step of n rows as a graph; none, with a word, for a model whose step cannot be one."""
+        state = [self.ids, self.read, self.drawn, self.recent, self.clock, self.coeff]
+        before = [tensor.clone() for tensor in state]
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        try:
+            with self._ready(n):
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):  # once in earnest: libraries make their handles, kernels are compiled
+                    self._step(n)
+                torch.cuda.current_stream().wait_stream(stream)
+                with torch.cuda.graph(graph, pool=self.pool):
+                    self._step(n)
+        except RuntimeError as error:
+            if ran_out(error):
+                raise
+            warn(f"decoding without CUDA graphs, which this model does not allow: {str(error).splitlines()[0]}")
+            return None
+        finally:
+            for tensor, value in zip(state, before, strict=True):
+                tensor.copy_(value)
+        self.pool = self.pool or graph.pool()
+        return graph
+
+    @contextmanager
+    def _ready(self, n: int) -> Iterator[None]:
+        """Attention over slots, kernels where they can be had, and doses from the tensor that steps write to."""
+        if self.steering is not None:
+            self.steering.bind(self.coeff[:n])
+        with attention(self.loaded, self.read), fused(self.loaded):
+            yield
+
+    def _look(self) -> Iterator[Track]:
+        """Take in what was drawn since the last look: the tracks that have ended, whose slots are free now."""
+        plain = self.steering is None or self.course.plain
+        for slot, drawn in enumerate(self.recent[: len(self.alive)].tolist()):
+            if (track := self.alive[slot]) is None:
+                continue
+            for token in drawn:
+                if token in self.stop:
+                    track.finish = "stop"
+                    break
+                track.add(token, None if plain else Step(track.coeff, track.dose(len(track.input) - 1)))
+                if track.sampled == self.sampling.max_new_tokens:
+                    track.finish = "length"
+                    break
+            if track.finish is not None:
+                self.alive[slot] = None
+                yield track
