@@ -56,10 +56,11 @@ def decode(
 
     At most `batch_size` rows run at once, the longest prompts first, and others take the places of those that end. On a
     processor, under a course that backtracks, and with a cache whose rows cannot be replaced, nobody enters: a batch
-    runs to its end before the next begins. On a CUDA device steps are graphs, where the model and the course allow it. `forced` gives the tokens that an answer begins with; they are no part of
-    max_new_tokens. An active `steering` takes the rows' coefficients from `coeffs`, which `course` spreads over the
-    positions. Rows that can be rewound bring an unsteered twin into the batch, beyond `batch_size`. `on_finish` is told
-    of each row as it ends.
+    runs to its end before the next begins. On a CUDA device steps are graphs, where model and course allow it.
+
+    `forced` gives the tokens that an answer begins with; they are no part of max_new_tokens. An active `steering` takes
+    the rows' coefficients from `coeffs`, which `course` spreads over the positions. Rows that can be rewound bring an
+    unsteered twin into the batch, beyond `batch_size`. `on_finish` is told of each row as it ends.
     """
     course = course or Course()
     if steering is None and (coeffs is not None or not course.plain):

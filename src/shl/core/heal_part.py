@@ -68,6 +68,7 @@ class Checkpoint:
             tensors |= {f"adam.{number}.{name}": moments[name] for name in _MOMENTS}
         if run.best is not None:
             tensors |= {f"best.{name}": value for name, value in run.best[1].items()}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}  # from the device once
         tensors["shuffle"] = shuffle.get_state()
         state = {"settings": self.settings, "step": run.step, "open": sorted(run.open), "rows": rows}
         state["best"] = run.best[0] if run.best else None
@@ -110,5 +111,5 @@ def _digest(state: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     total = hashlib.sha256(canonical(state).encode())
     for name, value in sorted(tensors.items()):
         total.update(canonical([name, str(value.dtype), value.shape]).encode())
-        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return "sha256:" + total.hexdigest()
