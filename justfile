@@ -66,11 +66,13 @@ kills *ARGS:
 u2 RUN="runs/u2" LEDGER="results.tsv":
     PERSONA=authority SPLIT=test SEEDS="${SEEDS:-100 101 102}" RUN={{RUN}} LEDGER={{LEDGER}} GEN="-n 32 --coeff 0,0.5,0.75,1" \
         LATER="-n 32 --coeff 0,0.1,0.2,0.35" FILTER="--rel-ppl none --rel-tail-ppl none --rel-nats none --max-rep none --max-similarity none --min-tokens 1 --allow-narration --allow-refusal" \
-        EVAL="--free 128 --label study=u2" REGS="${REGS:-nll nll@0.5 nll@0.75 kl_rev-rmse kl_rev-mean kl_fwd-rmse kl_fwd-mean wd100 spectral5 \
+        EVAL="--free 128 --label study=u2" REGS="${REGS:-nll nll@0.5 nll@0.75 nll@0.9 kl_rev-rmse kl_rev-mean kl_fwd-rmse kl_fwd-mean wd100 spectral5 \
         kl_rev-rmse,kl_rev-rmse-base kl_rev-rmse,kl_rev-rmse-prev kl_rev-rmse,kl_rev-mean-base kl_rev-rmse,kl_rev-mean-prev \
         kl_rev-rmse,kl_fwd-rmse-base kl_rev-rmse,kl_fwd-rmse-prev kl_rev-rmse,kl_fwd-mean-base kl_rev-rmse,kl_fwd-mean-prev \
         kl_rev-rmse,nll kl_rev-rmse,nll@0.5}" \
         examples/sweep
+    python examples/matched.py {{LEDGER}} --study u2
+    python examples/matched.py {{LEDGER}} --study u2 --scaled kl_rev-rmse,nll --start kl_rev-rmse
 
 # what the filter keeps of 160 completions that were labelled by reading
 q0:

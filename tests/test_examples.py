@@ -14,6 +14,7 @@ import pytest
 
 import kills
 from shl.new import create
+from shl.results import append_row
 from small import LENIENT, small_model
 from test_cli_docs import parse
 
@@ -194,6 +195,19 @@ def test_sweep_goes_on_from_what_is_there(shell, small, tmp_path):
     assert (row["arm"], row["reg"], row["seed"], row["round"]) == ("nll", "nll", "0", "0")
     assert "| nll |" in done.stdout
     assert "delta" in json.loads((tmp_path / "run/s0/nll/r0/eval.json").read_text(encoding="utf-8"))
+
+
+def test_arms_are_held_against_a_scaled_one_at_the_same_trait(tmp_path):
+    """The scaled arm goes 0, 0.2, 0.8 over traits 0, -1, -2; an arm at -1.5 is held against 0.5 there."""
+    rows = [("base", 0, 0.0), ("nll@0.5", -1, 0.2), ("nll", -2, 0.8), ("kl_rev", -1.5, 0.4), ("wd", -2.5, 0.9)]
+    for seed in (0, 1):
+        for arm, trait, broken in rows:
+            row = {"arm": arm, "seed": seed, "study": "s", "auth_nats": trait, "broken": broken + 0.1 * seed}
+            append_row(tmp_path / "l.tsv", row)
+    append_row(tmp_path / "l.tsv", {"arm": "other", "seed": 0, "study": "", "auth_nats": -1, "broken": 1.0})
+    line = [sys.executable, EXAMPLES / "matched.py", tmp_path / "l.tsv", "--study", "s", "--metric", "broken"]
+    told = subprocess.run(line, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert told[2:4] == ["| kl_rev | -0.100 ± 0.000 | -0.100, -0.100 |", "| wd | - | -, - |"] and told[4:] == [""]
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
