@@ -81,3 +81,8 @@ q0:
 # the healing step against a plain step and TRL's SFTTrainer: speed and memory (half an hour on two idle cores)
 bench-train *ARGS:
     python tests/bench/train.py {{ARGS}}
+
+# the decode loop against transformers' generate and a batch-one loop, then extraction against two peers (a quarter of an hour)
+bench *ARGS:
+    OMP_NUM_THREADS=1 python tests/bench/gen.py --threads 1 {{ARGS}}
+    OMP_NUM_THREADS=1 python tests/bench/gen.py --extraction --threads 1 {{ARGS}}

@@ -61,6 +61,9 @@ def make_model(folder: Path) -> None:
     raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>").save_pretrained(folder)
+    written = folder / "tokenizer_config.json"  # in the words of transformers 4, which the peers have
+    config_of = json.loads(written.read_text(encoding="utf-8"))
+    written.write_text(json.dumps(config_of | {"tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8")
 
 
 def texts(n: int, seed: int, low: int, high: int) -> list[str]:
