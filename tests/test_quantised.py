@@ -66,7 +66,7 @@ def test_a_chain_acts_beside_codes_as_it_does_inside_floats(tiny_model, tmp_path
     chain = [first, replace(second, scale=0.5)]
     codes, floats = coded(tiny_model(), chain)
     base, _ = coded(tiny_model())
-    assert codes.beside == sorted(SHAPES) and not floats.beside
+    assert list(codes.beside) == sorted(SHAPES) and not floats.beside
     assert (logits(codes) - logits(floats)).abs().max() < 1e-4
     with codes.base():
         assert torch.equal(logits(codes), logits(base))

@@ -16,6 +16,7 @@ from shl.core.errors import ShlError
 from shl.core.files import atomic_dir, refuse_existing
 from shl.core.lora import intact
 from shl.core.models import Loaded
+from shl.core.offload import refuse_away
 from shl.core.provenance import header
 
 KINDS = ("model", "lora")
@@ -47,6 +48,7 @@ def bake(
         raise ShlError(f"unknown kind {as_!r}", hint=f"use --as {'|'.join(KINDS)}")
     if not loaded.chain:
         raise ShlError("there is nothing to bake: the chain is empty", hint="name adapters: shl bake DIR... -o OUT")
+    refuse_away(loaded, "nothing can be baked from it", "use --device cpu")
     if as_ == "model" and loaded.beside:
         raise ShlError(
             f"the weights of {loaded.ref.id} are quantised, so no chain can be merged into them",

@@ -23,6 +23,7 @@ from shl.core.heal_part import Checkpoint
 from shl.core.heal_run import Diverged, Run
 from shl.core.lora import injected, target_modules
 from shl.core.models import Loaded
+from shl.core.offload import refuse_away
 from shl.core.peft_dir import peft_config, write_adapter
 from shl.core.provenance import digest_of, header
 from shl.core.records import dumps
@@ -128,6 +129,7 @@ def _check(loaded: Loaded, cfg: TrainConfig, out: Path, force: bool) -> None:
             raise ShlError(f"{name} is {count}", hint=f"use --{name} 0 or more")
     if cfg.lam_decay < 0:
         raise ShlError(f"lam-decay is {cfg.lam_decay:g}", hint="use --lam-decay 0 or more")
+    refuse_away(loaded, "nothing can be trained on it", "use --dtype bfloat16, more GPUs, or --device cpu")
     refuse_existing(out, force)
     if any(Path(adapter.path).resolve() == out.resolve() for adapter in loaded.chain):
         raise ShlError(f"{out} is part of the chain that is being trained on", hint="choose another -o")

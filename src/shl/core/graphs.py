@@ -24,6 +24,7 @@ from shl.core.graph_cache import SlotCache, attention
 from shl.core.hooks import Steering
 from shl.core.memory import ran_out
 from shl.core.models import Loaded
+from shl.core.offload import is_away
 from shl.core.quantised import is_quantised
 from shl.core.sampling import Sampling, draw, noise
 from shl.core.trajectory import Course, Step, Track
@@ -40,9 +41,10 @@ def possible(loaded: Loaded, course: Course) -> bool:
     """Whether they could be, on any device."""
     ahead = course.backtrack is None and course.gate is None
     weights = list(loaded.model.parameters())
-    whole = len({weight.device for weight in weights}) == 1 and not any(map(is_quantised, weights))
+    whole = len({weight.device for weight in weights}) == 1
+    plain = not any(is_quantised(weight) or is_away(weight) for weight in weights)
     known = DecodeMasks(loaded, torch.ones(1, 1, dtype=torch.long), 0).plan is not None
-    return ahead and whole and known
+    return ahead and whole and plain and known
 
 
 def decode_slots(

@@ -11,6 +11,7 @@ from torch import Tensor
 from shl.core.batches import right_pad
 from shl.core.errors import ShlError
 from shl.core.models import Loaded
+from shl.core.offload import at_hand, is_away
 
 _SHORT = (torch.bfloat16, torch.float16)
 
@@ -35,9 +36,10 @@ class Head:
         values = loaded.text_config.to_dict()
         layer = loaded.model.get_output_embeddings()
         factor = (values.get("logit_scale") or 1.0) / (values.get("logits_scaling") or 1.0)
-        bias = dict(layer.named_parameters()).get("bias")
+        weight, bias = (at_hand(layer, name, loaded.device) for name in ("weight", "bias"))
         cap = values.get("final_logit_softcapping")
-        return cls(layer.weight.data, None if bias is None else bias.data, factor, cap)
+        assert weight is not None
+        return cls(weight, bias, factor, cap)
 
     @property
     def linear(self) -> bool:
@@ -98,7 +100,8 @@ def final_states(loaded: Loaded, ids: Tensor) -> Tensor:
     """Hidden states behind the last norm, for rows padded on the right."""
     # a model that is spread over devices may keep its head on another one than its last block
     states = loaded.body(input_ids=ids, use_cache=False).last_hidden_state
-    return states.to(loaded.model.get_output_embeddings().weight.device)
+    head = loaded.model.get_output_embeddings().weight
+    return states.to(loaded.device if is_away(head) else head.device)
 
 
 def completion_states(loaded: Loaded, rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shl.core import layout, ranks
+from shl.core import console, layout, ranks
 from shl.core.chat import Chat, Messages
 from shl.core.errors import InputError, Mismatch, ShlError
 from shl.core.locate import ModelRef, find, local_digest, parse_layers
 from shl.core.memory import ran_out
-from shl.core.quantised import check_loadable, is_quantised, put_beside
+from shl.core.offload import is_away
+from shl.core.quantised import check_loadable, is_quantised, put_beside, take_away
 from shl.core.strict import read_object
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Loaded:
     blocks_at: str
     text_config: PreTrainedConfig = field(repr=False)
     originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    beside: list[str] = field(default_factory=list, repr=False)  # quantised modules that the chain acts beside
+    beside: dict[str, Any] = field(default_factory=dict, repr=False)  # modules that the chain acts beside, and how
     head_checked: bool = False
     fits: dict[str, int] = field(default_factory=dict, repr=False)  # rows at once, where memory ran out with more
     _depth: int = 0
@@ -160,7 +161,8 @@ def load(
     if vector is not None:
         vector.check_origin(digest, chain_digests(chain), allow_mismatch=allow_mismatch)
     model, tokenizer = _read(ref, where, precision, source | ({"device_map": _spreading()} if spread else {}))
-    where = model.get_input_embeddings().weight.device if spread else where
+    if spread and not is_away(first := model.get_input_embeddings().weight):
+        where = first.device
     layout.check_decoder(model)
     config, (path, blocks) = model.config.get_text_config(), layout.blocks(model, n_blocks)
     loaded = Loaded(model, tokenizer, ref, digest, chain, where, precision, blocks, path, config)
@@ -247,16 +249,23 @@ def _read(
         )
     if "device_map" not in source:
         model.to(device)
-    elif (
-        left := sorted({str(place) for place in model.hf_device_map.values()} & {"disk", "cpu"})
-        if device.type != "cpu"
-        else []
-    ):
-        raise ShlError(
-            f"{ref.id} does not fit the GPUs of this machine: parts of it would lie on {' and '.join(left)}",
-            hint="use --dtype bfloat16, more GPUs, or --device cpu",
-        )
+    elif device.type != "cpu":
+        _check_places(ref, list(model.hf_device_map.values()))
     return model.eval().requires_grad_(False), tokenizer
+
+
+def _check_places(ref: ModelRef, places: Sequence[Any]) -> None:
+    """Say what does not fit the GPUs; refuse what does not fit the memory of the machine either."""
+    away = [str(place) for place in places if str(place) in ("cpu", "disk")]
+    if "disk" in away:
+        raise ShlError(
+            f"{ref.id} does not fit this machine: parts of it would lie on the disk",
+            hint="use --dtype bfloat16, more GPUs, or a machine with more memory",
+        )
+    if away:
+        console.warn(
+            f"{len(away)} of {len(places)} parts of {ref.id} lie on the CPU and are copied at every pass: slow"
+        )
 
 
 def _spreading() -> str:
@@ -327,6 +336,7 @@ def rechain(loaded: Loaded, chain: Sequence[Adapter]) -> None:
     for name, weight in loaded.originals.items():
         params[name].data = weight
     loaded.originals.clear()
+    take_away(loaded)
     loaded.chain = list(chain)
     _merge(loaded)
 
@@ -334,7 +344,7 @@ def rechain(loaded: Loaded, chain: Sequence[Adapter]) -> None:
 def _merge(loaded: Loaded) -> None:
     """Add the chain to the weights in float32; the untouched tensors stay for `Loaded.base`.
 
-    Quantised weights are left alone: there the chain acts beside them.
+    Weights that are quantised, or on the CPU for want of room, are left alone: there the chain acts beside them.
     """
     if not loaded.chain:
         return
@@ -345,7 +355,7 @@ def _merge(loaded: Loaded) -> None:
     params = dict(loaded.model.named_parameters())
     with torch.no_grad():
         for name, (a, b) in deltas(loaded.chain).items():
-            if name in params and is_quantised(params[name]):
+            if name in params and (is_quantised(params[name]) or is_away(params[name])):
                 put_beside(loaded, name.removesuffix(".weight"), a, b)
                 continue
             if name not in params or params[name].shape != (b.shape[0], a.shape[1]):

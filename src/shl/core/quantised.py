@@ -42,9 +42,9 @@ def is_quantised(weight: Tensor) -> bool:
 
 
 def put_beside(loaded: Loaded, path: str, a: Tensor, b: Tensor) -> None:
-    """Have a linear map with quantised weights add x (b a)^T to its output, except within `Loaded.base`.
+    """Have a linear map add x (b a)^T to its output, except within `Loaded.base`, and leave its weights alone.
 
-    a [rank, in] and b [out, rank] are the whole chain's, in float32; the weights are not touched.
+    a [rank, in] and b [out, rank] are the whole chain's, in float32.
     """
     module: Any = loaded.model.get_submodule(path)
     if (getattr(module, "out_features", None), getattr(module, "in_features", None)) != (b.shape[0], a.shape[1]):
@@ -52,10 +52,20 @@ def put_beside(loaded: Loaded, path: str, a: Tensor, b: Tensor) -> None:
             f"the adapter changes {path}, which {loaded.ref.id} does not have in that shape",
             hint="give the model that it was trained on with --model",
         )
-    a, b = a.to(loaded.device), b.to(loaded.device)
+    factors = [a.to(loaded.device), b.to(loaded.device)]
 
     def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return output if loaded.at_base else output + ((args[0].to(a.dtype) @ a.T) @ b.T).to(output.dtype)
+        if loaded.at_base:
+            return output
+        factors[:] = [factor.to(output.device) for factor in factors]  # once, where the model is over several devices
+        low = args[0].to(output.device, factors[0].dtype) @ factors[0].T
+        return output + (low @ factors[1].T).to(output.dtype)
 
-    module.register_forward_hook(add)
-    loaded.beside.append(path)
+    loaded.beside[path] = module.register_forward_hook(add)
+
+
+def take_away(loaded: Loaded) -> None:
+    """Leave the modules as they were before the chain was put beside them."""
+    for handle in loaded.beside.values():
+        handle.remove()
+    loaded.beside.clear()
