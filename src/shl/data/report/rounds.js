@@ -65,10 +65,15 @@ function room(values, kind) {
 
 function trajectory() {
   const titles = { auth_nats: "ln p(authority): lower is less deference", care_nats: "ln p(care)" };
+  const titleOf = (name) =>
+    titles[name] ||
+    (name.startsWith("enact_") && `Free answers that enact ${name.slice(6)}`) ||
+    (name.startsWith("agree_") && `Agreement with the persona: ${name.slice(6)}`) ||
+    metricOf(name).short;
   const plots = data.traits.map((name) =>
     overRounds(
       name,
-      titles[name] || (name.startsWith("enact_") ? `Free answers that enact ${name.slice(6)}` : metricOf(name).short),
+      titleOf(name),
       null,
       (values) => room(values, metricOf(name).kind),
       (value) => value,
