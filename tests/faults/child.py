@@ -41,7 +41,8 @@ def warm() -> None:
     import shl
 
     for module in pkgutil.walk_packages(shl.__path__, "shl."):
-        if not module.name.endswith("__main__") and not module.name.startswith("shl.toy"):
+        # kernels are for CUDA alone, and triton need not be there
+        if not module.name.endswith(("__main__", ".kernels")) and not module.name.startswith("shl.toy"):
             importlib.import_module(module.name)
     names = ("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto", "peft", "gguf",
              "transformers.tokenization_utils_tokenizers", "matplotlib.backends.backend_agg", "filelock",
