@@ -72,7 +72,6 @@ u2 RUN="runs/u2" LEDGER="results.tsv":
         kl_rev-rmse,nll kl_rev-rmse,nll@0.5}" \
         examples/sweep
     python examples/matched.py {{LEDGER}} --study u2
-    python examples/matched.py {{LEDGER}} --study u2 --scaled kl_rev-rmse,nll --start kl_rev-rmse
 
 # what the filter keeps of 160 completions that were labelled by reading
 q0:
