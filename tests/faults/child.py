@@ -69,7 +69,12 @@ class Child:
         ends = (os.open(os.devnull, os.O_RDONLY) if stdin is None else stdin, out if stdout is None else stdout, err)
         if cold:
             command = [sys.executable, "-m", "shl", *argv]
-            self.pid = subprocess.Popen(command, cwd=folder, stdin=ends[0], stdout=ends[1], stderr=ends[2]).pid
+            path = {
+                "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))
+            }  # what is tested here, from there too
+            self.pid = subprocess.Popen(
+                command, cwd=folder, stdin=ends[0], stdout=ends[1], stderr=ends[2], env=os.environ | path
+            ).pid
         else:
             self.pid = os.fork()
             if not self.pid:
