@@ -86,6 +86,20 @@ def test_short_floats(tiny_model, tmp_path, as_):
         assert result.error < 0.1 * result.effect
 
 
+def test_a_wrong_scale_shows_through_the_rounding_of_short_floats(tiny_model, tmp_path, monkeypatch):
+    adapter = make_adapter(tmp_path / "r0")
+    loaded = load(str(tiny_model()), [str(adapter.path)], device="cpu", dtype="bfloat16")
+    whole = shl.bake.stack
+    monkeypatch.setattr(
+        shl.bake,
+        "stack",
+        lambda *args: (whole(*args)[0], whole(*args)[1] | {"lora_alpha": 2 * whole(*args)[1]["lora_alpha"]}),
+    )
+    with pytest.raises(ShlError, match="answers differently from the chain"):
+        bake(loaded, tmp_path / "out", as_="lora")
+    assert not (tmp_path / "out").exists()
+
+
 def test_refusals(loaded, tiny, tmp_path):
     with pytest.raises(ShlError, match="chain is empty"):
         bake(tiny(), tmp_path / "out")

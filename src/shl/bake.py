@@ -110,9 +110,7 @@ def _verify(loaded: Loaded, folder: Path, as_: str) -> tuple[float, float]:
         before = _logits(loaded.model, ids)
     found = _reloaded(loaded, folder, ids) if as_ == "model" else _with_peft(loaded, folder, ids)
     error, effect = float((found - wanted).abs().max()), float((wanted - before).abs().max())
-    exact = loaded.dtype == torch.float32 and not loaded.beside
-    limit = 1e-4 * max(1.0, float(wanted.abs().max())) if exact else _rounding(loaded, wanted)
-    if not error <= limit:
+    if not error <= _limit(loaded, wanted, effect):
         raise ShlError(
             f"what was baked answers differently from the chain on the fly: logits differ by {error:.2g}",
             hint="nothing was written; try --dtype float32, and please report the model",
@@ -136,11 +134,20 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits.float().cpu()
 
 
-def _rounding(loaded: Loaded, logits: Tensor) -> float:
-    """What a short float may be off after all blocks: a merged weight is rounded, an adapter beside it is not."""
+def _limit(loaded: Loaded, wanted: Tensor, effect: float) -> float:
+    """What the two may differ by. In float32 hardly at all; short floats round, and are held to half of the chain's
+    effect as well, unless that is as small as rounding is by itself."""
+    largest = float(wanted.abs().max())
+    if loaded.dtype == torch.float32 and not loaded.beside:
+        return 1e-4 * max(1.0, largest)
     # kernels for quantised weights compute in bfloat16 at best, whatever goes in
     dtype = torch.bfloat16 if loaded.beside else loaded.dtype
-    return 8 * torch.finfo(dtype).eps * float(logits.abs().max()) * max(1.0, loaded.n_blocks**0.5)
+    rounding = torch.finfo(dtype).eps * largest * max(1.0, loaded.n_blocks**0.5)
+    if 0 < effect < 2 * rounding:
+        console.warn(
+            "the chain's effect is as small as rounding, which hides what else may differ: --dtype float32 tells"
+        )
+    return max(rounding, min(8 * rounding, effect / 2))
 
 
 def _reloaded(loaded: Loaded, folder: Path, ids: Tensor) -> Tensor:
