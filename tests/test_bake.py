@@ -88,7 +88,7 @@ def test_short_floats(tiny_model, tmp_path, as_):
 
 def test_a_wrong_scale_shows_through_the_rounding_of_short_floats(tiny_model, tmp_path, monkeypatch):
     adapter = make_adapter(tmp_path / "r0")
-    loaded = load(str(tiny_model()), [str(adapter.path)], device="cpu", dtype="bfloat16")
+    loaded = load(str(tiny_model()), [f"{adapter.path}:0.1"], device="cpu", dtype="bfloat16")
     whole = shl.bake.stack
     monkeypatch.setattr(
         shl.bake,
