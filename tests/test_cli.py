@@ -430,6 +430,17 @@ class TestPipeline:
 EVAL = ["-n", "7", "--free", "1", "--max-new-tokens", "4", "--json-tokens", "4", "--bootstrap", "10"]
 
 
+def test_ctrl_c_says_nothing_once_a_command_has_ended():
+    lingers = "import threading, time; threading.Thread(target=time.sleep, args=(1,)).start()"
+    line = f"{lingers}; import sys; sys.argv = ['shl', '--version']; from shl.cli import program; program()"
+    with subprocess.Popen([sys.executable, "-c", line], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ended:
+        assert ended.stdout.readline()
+        time.sleep(0.3)
+        ended.send_signal(signal.SIGINT)
+        said = ended.stderr.read()
+    assert (ended.returncode, said) == (0, b"")
+
+
 def test_a_round(shl, vector, tiny_model, tmp_path):
     """vector -> gen -> filter -> train -> bake -> eval -> results, each from the file before."""
     loose = [*PLAIN, "--min-tokens", "1", "--max-rep", "none", "--allow-narration", "--allow-refusal"]

@@ -1,6 +1,6 @@
 """`python -m shl` is `shl`."""
 
-from shl.cli import main
+from shl.cli import program
 
 if __name__ == "__main__":
-    main()
+    program()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import _thread
-import atexit
 import errno
 import os
 import re
@@ -73,9 +72,16 @@ def main() -> NoReturn:
         _leave(130 if _Stop.asked else _report(error))
     finally:
         sys.unraisablehook = hook
-        # what is left is the interpreter taking itself down, where Ctrl-C would only make it complain
-        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     raise AssertionError("typer always exits")
+
+
+def program() -> NoReturn:
+    """The command as a process of its own. Once it has ended Ctrl-C would only make the interpreter complain, which is
+    taking itself down."""
+    try:
+        main()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Stop:
