@@ -177,9 +177,10 @@ class _Run:
 
     def _play(self) -> None:
         """As many steps as there are between two looks."""
-        n = len(self.alive)
-        if self.loaded.device.type == "cuda" and n not in self.graphs:
-            self.graphs[n] = self._capture(n)
+        n, where = len(self.alive), self.loaded.device
+        if where.type == "cuda" and n not in self.graphs:
+            with torch.cuda.device(where):
+                self.graphs[n] = self._capture(n)
         graph = self.graphs.get(n)
         with nullcontext() if graph is not None else self._ready(n):
             for _ in range(_CHUNK):

@@ -5,7 +5,9 @@ Imported on CUDA devices only. Each does in one launch what a model's own code d
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -13,8 +15,21 @@ import triton.language as tl
 from torch import Tensor
 
 _FEW = 16  # the least number of rows that a product of tiles takes
+Launch = TypeVar("Launch", bound=Callable[..., Any])
 
 
+def _there(launch: Launch) -> Launch:
+    """Launched on the device of the first tensor, which need not be the current one."""
+
+    @wraps(launch)
+    def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return launch(first, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+@_there
 def attend(q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, window: int | None, splits: int) -> Tensor:
     """One query for each row over the first `read` + 1 tokens of its slot, or the last `window` of them.
 
@@ -103,6 +118,7 @@ def _join(part, stats, out, HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_P: t
     tl.store(out + place * WIDTH + dims, joined.to(out.dtype.element_ty), mask=dims < WIDTH)
 
 
+@_there
 def put(k: Tensor, v: Tensor, room_k: Tensor, room_v: Tensor, read: Tensor) -> None:
     """Write the states of one token, [rows, kv heads, 1, width], into each row's slot behind its `read` tokens."""
     rows, heads, _, width = k.shape
@@ -125,6 +141,7 @@ def _put(
     tl.store(room_v + place, tl.load(v + row * v_row + head * v_head + dims, mask=real), mask=real)
 
 
+@_there
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, rounded: bool) -> Tensor:
     """x / rms(x) * (weight + offset) over the last axis; `rounded`: to the precision of x before the product."""
     flat = x.reshape(-1, x.shape[-1])
@@ -161,14 +178,19 @@ class Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        flat = x.reshape(-1, x.shape[-1])
-        grad = grads[0].reshape(flat.shape)
-        out = torch.empty_like(flat)
-        _rms_norm_back[(len(flat),)](
-            flat, weight, grad, out, ctx.eps, ctx.offset, WIDTH=flat.shape[1],
-            WIDTH_P=triton.next_power_of_2(flat.shape[1]), num_warps=8 if flat.shape[1] > 1024 else 1,
-        )  # fmt: skip
-        return out.view(x.shape), None, None, None, None
+        return _pulled(x, weight, grads[0], ctx.eps, ctx.offset), None, None, None, None
+
+
+@_there
+def _pulled(x: Tensor, weight: Tensor, grad: Tensor, eps: float, offset: float) -> Tensor:
+    """The gradient at x of `rms_norm`, from that at its result."""
+    flat = x.reshape(-1, x.shape[-1])
+    out = torch.empty_like(flat)
+    _rms_norm_back[(len(flat),)](
+        flat, weight, grad.reshape(flat.shape), out, eps, offset, WIDTH=flat.shape[1],
+        WIDTH_P=triton.next_power_of_2(flat.shape[1]), num_warps=8 if flat.shape[1] > 1024 else 1,
+    )  # fmt: skip
+    return out.view(x.shape)
 
 
 @triton.jit
@@ -184,6 +206,7 @@ def _rms_norm_back(x, weight, grad, out, eps, offset, WIDTH: tl.constexpr, WIDTH
     tl.store(out + row * WIDTH + dims, ((pulled - values * along) * scale).to(out.dtype.element_ty), mask=real)
 
 
+@_there
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """Rotary positions for one token a row, as `apply_rotary_pos_emb` of the models has them: halves of a head pair up.
 
