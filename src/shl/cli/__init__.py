@@ -18,6 +18,7 @@ import typer
 from shl import __version__
 from shl.cli import bake, dose, eval, export, filter, gen, info, new, plot, report, results, score, train, vector
 from shl.cli.common import finite
+from shl.core import ranks
 from shl.core.console import say
 from shl.core.errors import ShlError
 from shl.core.memory import ran_out
@@ -77,9 +78,17 @@ def main() -> NoReturn:
 
 def program() -> NoReturn:
     """The command as a process of its own. Once it has ended Ctrl-C would only make the interpreter complain, which is
-    taking itself down."""
+    taking itself down; and one of several processes leaves at once, since taking the group down beside others that do
+    the same aborts now and then."""
     try:
         main()
+    except SystemExit as done:
+        if ranks.world() == 1:
+            raise
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(done.code if isinstance(done.code, int) else int(bool(done.code)))
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
