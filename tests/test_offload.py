@@ -11,6 +11,7 @@ from shl.core.defaults import GenConfig
 from shl.core.errors import ShlError
 from shl.core.hooks import Steering
 from shl.core.models import load, rechain
+from shl.core.offload import check_places
 from shl.core.records import Prompt
 from shl.core.scores import nll_per_token
 from shl.gen import generate
@@ -90,7 +91,7 @@ def test_where_parts_lie_is_said(tiny, places, said, capsys):
     ref = tiny().ref
     if said is None:
         with pytest.raises(ShlError, match="would lie on the disk"):
-            models._check_places(ref, places)
+            check_places(ref, places)
     else:
-        models._check_places(ref, places)
+        check_places(ref, places)
         assert said in capsys.readouterr().err

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from bare import bare, trained
 from shapes import SHAPES, make_random
 
 PROMPT = 64
@@ -59,15 +59,9 @@ def _timed(work: Any) -> float:
 
 def loaded_of(name: str, tiny: bool) -> Any:
     """The shape with random weights, without files."""
-    from shl.core.locate import ModelRef
-    from shl.core.models import Loaded
-
     model = make_random(name, tiny).eval().requires_grad_(False)
     model.generation_config.eos_token_id = None
-    return Loaded(
-        model=model, tokenizer=_Words(), ref=ModelRef.__new__(ModelRef), digest="", chain=[], device=model.device,
-        dtype=model.dtype, blocks=list(model.model.layers), blocks_at="model.layers", text_config=model.config,
-    )  # type: ignore[arg-type]  # fmt: skip
+    return bare(model, _Words())
 
 
 class _Words:
@@ -214,28 +208,16 @@ def train_bench(args: argparse.Namespace) -> None:
 def fit(loaded: Any, rows: int, completion: int, epochs: int, opened: bool, twice: bool) -> tuple[float, int]:
     """Seconds of the loop of `shl train` at its defaults, and the first block trained."""
     from shl.core.defaults import TrainConfig
-    from shl.core.heal_data import Example
-    from shl.core.heal_part import Checkpoint
-    from shl.core.heal_run import Run
-    from shl.core.lora import injected, target_modules
-    from shl.core.peft_dir import peft_config
+    from shl.core.lora import target_modules
 
     barrier = {"tau": 0.0, "lam": 1e-3} if opened else {"tau": 1e9}
     cfg = TrainConfig(epochs=epochs, holdout=0.0, checkpointing=twice, **barrier)
     vocab = loaded.text_config.vocab_size
     texts = torch.randint(3, vocab, (rows, PROMPT + completion), generator=torch.Generator().manual_seed(2)).tolist()
-    examples = [Example(row[:PROMPT], row[PROMPT:]) for row in texts]
     modules = target_modules(loaded, cfg.layers, cfg.targets)
-    first = min(int(name.split("layers.")[1].split(".")[0]) for name in modules)
-    with tempfile.TemporaryDirectory() as folder:
-        part = Checkpoint(Path(folder) / "a", {})
-        began = wait()
-        run = Run(loaded, cfg, examples, [], modules)
-        with injected(loaded, peft_config("", modules, cfg.rank, 2.0 * cfg.rank), run.generator("start")) as lora:
-            run.fit(lora, part)
-        seconds = wait() - began
-        part.release()
-    return seconds, first
+    began = wait()
+    trained(loaded, cfg, [(row[:PROMPT], row[PROMPT:]) for row in texts], modules)
+    return wait() - began, min(int(name.split("layers.")[1].split(".")[0]) for name in modules)
 
 
 def main() -> None:

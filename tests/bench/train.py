@@ -110,31 +110,15 @@ def modules() -> list[str]:
 
 def run_shl(args: argparse.Namespace) -> dict[str, float]:
     """The loop of `shl train`, without what belongs to files of text."""
-    from shl.core.defaults import TrainConfig
-    from shl.core.heal_data import Example
-    from shl.core.heal_part import Checkpoint
-    from shl.core.heal_run import Run
-    from shl.core.locate import ModelRef
-    from shl.core.lora import injected
-    from shl.core.models import Loaded
-    from shl.core.peft_dir import peft_config
+    from bare import bare, trained
 
-    model = make_model(args.vocab[0])
-    like = ModelRef.__new__(ModelRef)
-    loaded = Loaded(
-        model=model, tokenizer=None, ref=like, digest="", chain=[], device=model.device, dtype=model.dtype,
-        blocks=list(model.model.layers), blocks_at="model.layers", text_config=model.config,
-    )  # type: ignore[arg-type]  # fmt: skip
+    from shl.core.defaults import TrainConfig
+
+    loaded = bare(make_model(args.vocab[0]))
     cfg = TrainConfig(rank=RANK, epochs=args.epochs, batch_size=args.batch, holdout=0.0, **SHL[args.arm])
-    examples = [Example(*row) for row in rows(args, args.batches)]
-    with tempfile.TemporaryDirectory() as folder:
-        part = Checkpoint(Path(folder) / "a", {})
-        meter = Meter()
-        run = Run(loaded, cfg, examples, [], modules())
-        with injected(loaded, peft_config("", modules(), RANK, 2.0 * RANK), run.generator("start")) as lora:
-            run.fit(lora, part)
-        found = meter.result(run.step, args)
-        part.release()
+    meter = Meter()
+    run = trained(loaded, cfg, rows(args, args.batches), modules())
+    found = meter.result(run.step, args)
     active = run.good.rows[-1]["barrier_active"]
     return found | {"active": active if active is not None else 0.0}
 

@@ -125,6 +125,18 @@ def new_cache(loaded: Loaded) -> DynamicCache:
     return cache
 
 
+def windows(loaded: Loaded) -> dict[str, int] | int | None:
+    """The window of each kind of layer (0: no window), or None where slices of a mask are not known to be right."""
+    config = loaded.text_config
+    if config.model_type not in _SLICED or config._attn_implementation != "sdpa":
+        return None
+    values = config.to_dict()
+    window = values.get("sliding_window") or 0
+    if "layer_types" not in values:
+        return window
+    return {kind: window if kind == "sliding_attention" else 0 for kind in sorted(set(values["layer_types"]))}
+
+
 class DecodeMasks:
     """The attention mask of each decoding step, as slices of one mask that is made once.
 
@@ -134,8 +146,7 @@ class DecodeMasks:
     """
 
     def __init__(self, loaded: Loaded, mask: Tensor, steps: int) -> None:
-        self.loaded = loaded
-        self.plan = self._plan()
+        self.plan = windows(loaded)
         self.seen = mask.shape[1]
         self.full = torch.cat([mask, mask.new_ones(len(mask), steps)], 1).bool()
         self._pads()
@@ -174,14 +185,3 @@ class DecodeMasks:
     def _slice(self, window: int) -> Tensor | None:
         start = max(0, self.seen - window) if window else 0
         return self.full[:, None, None, start : self.seen] if start < self.pad else None
-
-    def _plan(self) -> dict[str, int] | int | None:
-        """The window of each kind of layer (0: no window), or None where slices are not known to be right."""
-        config = self.loaded.text_config
-        if config.model_type not in _SLICED or config._attn_implementation != "sdpa":
-            return None
-        values = config.to_dict()
-        window = values.get("sliding_window") or 0
-        if "layer_types" not in values:
-            return window
-        return {kind: window if kind == "sliding_attention" else 0 for kind in sorted(set(values["layer_types"]))}

@@ -16,7 +16,7 @@ from shl.core.memory import fitted
 from shl.core.models import Loaded
 from shl.core.running import Running
 from shl.core.sampling import Sampling, draw
-from shl.core.trajectory import Course, Track
+from shl.core.trajectory import Course, Track, Waiting
 
 __all__ = ["Completion", "Sampling", "decode", "draw"]
 
@@ -36,7 +36,6 @@ class Completion:
 
 
 OnFinish = Callable[[int, Completion], None]
-Waiting = deque[tuple[Track, int]]  # rows that are not begun, each with its seed
 
 
 def decode(
@@ -112,7 +111,7 @@ def _batch(
     While more wait they take the places of ended rows, where the batch is open to them.
     """
     state = Running(loaded, *_take(waiting, size), sampling, steering)
-    stop = frozenset() if sampling.endless else loaded.stop_ids | sampling.until
+    stop = sampling.ends(loaded.stop_ids)
     while True:
         tokens, steps = state.sample()
         for track, token, step in zip(state.alive, tokens.tolist(), steps, strict=True):

@@ -7,7 +7,6 @@ and leaves its result there: on CUDA it is captured once and replayed, without P
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -17,38 +16,35 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from shl.core.batches import right_pad
-from shl.core.cache import DecodeMasks
+from shl.core.cache import windows
 from shl.core.console import warn
 from shl.core.fused import fused
 from shl.core.graph_cache import SlotCache, attention
 from shl.core.hooks import Steering
 from shl.core.memory import ran_out
 from shl.core.models import Loaded
-from shl.core.offload import is_away
-from shl.core.quantised import is_quantised
+from shl.core.quantised import is_sealed
 from shl.core.sampling import Sampling, draw, noise
-from shl.core.trajectory import Course, Step, Track
+from shl.core.trajectory import Course, Step, Track, Waiting
 
 _CHUNK = 8  # steps between two looks at what was drawn: looking costs a wait for the device
 
 
 def suits(loaded: Loaded, course: Course) -> bool:
     """Whether rows are decoded over slots: on one CUDA device, in plain attention, with doses known ahead."""
-    return loaded.device.type == "cuda" and possible(loaded, course)
+    return loaded.device.type == "cuda" and loaded.graphs and possible(loaded, course)
 
 
 def possible(loaded: Loaded, course: Course) -> bool:
     """Whether they could be, on any device."""
     ahead = course.backtrack is None and course.gate is None
     weights = list(loaded.model.parameters())
-    whole = len({weight.device for weight in weights}) == 1
-    plain = not any(is_quantised(weight) or is_away(weight) for weight in weights)
-    known = DecodeMasks(loaded, torch.ones(1, 1, dtype=torch.long), 0).plan is not None
-    return ahead and whole and plain and known
+    whole = len({weight.device for weight in weights}) == 1 and not any(map(is_sealed, weights))
+    return ahead and whole and windows(loaded) is not None
 
 
 def decode_slots(
-    loaded: Loaded, waiting: deque[tuple[Track, int]], size: int, sampling: Sampling, steering: Steering | None
+    loaded: Loaded, waiting: Waiting, size: int, sampling: Sampling, steering: Steering | None
 ) -> Iterator[Track]:
     """Decode rows that wait, each with its seed, `size` at once, until all are at their end; each track as it ends."""
     yield from _Run(loaded, waiting, size, sampling, steering).go()
@@ -60,7 +56,7 @@ class _Run:
     def __init__(
         self,
         loaded: Loaded,
-        waiting: deque[tuple[Track, int]],
+        waiting: Waiting,
         size: int,
         sampling: Sampling,
         steering: Steering | None,
@@ -81,7 +77,7 @@ class _Run:
         self.uniform = zeros(0 if sampling.greedy else steps, dtype=torch.float32)
         self.doses, self.coeff = zeros(steps, dtype=torch.float32), zeros(1, 1, dtype=torch.float32)
         self.banned = torch.tensor(sorted(sampling.banned), dtype=torch.long, device=where)
-        self.stop = frozenset() if sampling.endless else loaded.stop_ids | sampling.until
+        self.stop = sampling.ends(loaded.stop_ids)
         self.cache: SlotCache | None = None
         self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
         self.pool: Any = None
@@ -128,10 +124,8 @@ class _Run:
 
     def _prefill(self, tracks: Sequence[Track], inputs: list[list[int]]) -> DynamicCache:
         """The states of the tokens of some inputs, padded on the right, where no token sees the padding."""
-        inputs = [
-            ids or [0] for ids in inputs
-        ]  # a prompt of one token leaves nothing to read; what is read is overwritten
-        ids = right_pad(inputs, self.loaded.device)
+        # a prompt of one token leaves nothing to read; what is read in its place is overwritten
+        ids = right_pad([ids or [0] for ids in inputs], self.loaded.device)
         if self.steering is not None:
             plain, width = self.course.plain, ids.shape[1]
             doses = [[track.coeff] if plain else [track.dose(i) for i in range(width)] for track in tracks]
@@ -142,16 +136,15 @@ class _Run:
 
     def _shrink(self) -> None:
         """When nobody waits and three quarters of the slots are free, go on with a quarter of them."""
-        taken = [slot for slot, track in enumerate(self.alive) if track is not None]
-        if self.waiting or len(taken) > (size := len(self.alive) // 4):
+        size = len(self.alive) // 4
+        if self.waiting or sum(track is not None for track in self.alive) > size:
             return
-        rows = torch.tensor(
-            (taken + [s for s in range(len(self.alive)) if s not in taken])[:size], device=self.read.device
-        )
+        slots = sorted(range(len(self.alive)), key=lambda slot: self.alive[slot] is None)[:size]  # those taken first
+        rows = torch.tensor(slots, device=self.read.device)
         assert self.cache is not None
         for tensor in (*self.cache.tensors, self.ids, self.read, self.drawn, self.uniform, self.doses):
             tensor[:size] = tensor[rows]
-        self.alive = [self.alive[slot] for slot in rows.tolist()]
+        self.alive = [self.alive[slot] for slot in slots]
 
     # --- steps ---
 
@@ -178,7 +171,7 @@ class _Run:
     def _play(self) -> None:
         """As many steps as there are between two looks."""
         n, where = len(self.alive), self.loaded.device
-        if where.type == "cuda" and n not in self.graphs:
+        if where.type == "cuda" and self.loaded.graphs and n not in self.graphs:
             with torch.cuda.device(where):
                 self.graphs[n] = self._capture(n)
         graph = self.graphs.get(n)
@@ -203,6 +196,7 @@ class _Run:
             if ran_out(error):
                 raise
             warn(f"decoding without CUDA graphs, which this model does not allow: {str(error).splitlines()[0]}")
+            self.loaded.graphs = False  # neither tried nor told again
             return None
         finally:
             for tensor, value in zip(state, before, strict=True):

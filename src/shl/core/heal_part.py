@@ -34,11 +34,13 @@ class Checkpoint:
         self.settings = json.loads(json.dumps(settings, sort_keys=True))
         out.parent.mkdir(parents=True, exist_ok=True)
         self._claim = Claim(out)
+        self._left: tuple[dict[str, Any], dict[str, Tensor]] | None = None  # of a training that did not finish
         try:
             if force:
                 self.drop()
             elif self.path.exists():
-                refuse_other(self._read()[0]["settings"], self.settings, f"{self.path} is left from a training")
+                self._left = self._read()
+                refuse_other(self._left[0]["settings"], self.settings, f"{self.path} is left from a training")
         except BaseException:
             self.release()
             raise
@@ -78,9 +80,9 @@ class Checkpoint:
         self, run: Run, lora: Lora, optimiser: torch.optim.Optimizer, shuffle: torch.Generator
     ) -> list[dict[str, Any]]:
         """Put back what a run that did not finish had reached; returns its log, empty when there is none."""
-        if not self.path.exists():
+        if self._left is None:
             return []
-        state, tensors = self._read()
+        (state, tensors), self._left = self._left, None
         lora.put(_under("lora.", tensors))
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in _under("adam.", tensors).items():

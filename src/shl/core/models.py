@@ -10,13 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shl.core import console, layout, ranks
+from shl.core import layout, ranks
 from shl.core.chat import Chat, Messages
 from shl.core.errors import InputError, Mismatch, ShlError
 from shl.core.locate import ModelRef, find, local_digest, parse_layers
 from shl.core.memory import ran_out
-from shl.core.offload import is_away
-from shl.core.quantised import check_loadable, is_quantised, put_beside, take_away
+from shl.core.offload import check_places, is_away
+from shl.core.quantised import check_loadable, is_sealed, put_beside, take_away
 from shl.core.strict import read_object
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Loaded:
     originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
     beside: dict[str, Any] = field(default_factory=dict, repr=False)  # modules that the chain acts beside, and how
     head_checked: bool = False
+    graphs: bool = True  # no step has been found that cannot be a CUDA graph
     fits: dict[str, int] = field(default_factory=dict, repr=False)  # rows at once, where memory ran out with more
     _depth: int = 0
 
@@ -250,22 +251,8 @@ def _read(
     if "device_map" not in source:
         model.to(device)
     elif device.type != "cpu":
-        _check_places(ref, list(model.hf_device_map.values()))
+        check_places(ref, list(model.hf_device_map.values()))
     return model.eval().requires_grad_(False), tokenizer
-
-
-def _check_places(ref: ModelRef, places: Sequence[Any]) -> None:
-    """Say what does not fit the GPUs; refuse what does not fit the memory of the machine either."""
-    away = [str(place) for place in places if str(place) in ("cpu", "disk")]
-    if "disk" in away:
-        raise ShlError(
-            f"{ref.id} does not fit this machine: parts of it would lie on the disk",
-            hint="use --dtype bfloat16, more GPUs, or a machine with more memory",
-        )
-    if away:
-        console.warn(
-            f"{len(away)} of {len(places)} parts of {ref.id} lie on the CPU and are copied at every pass: slow"
-        )
 
 
 def _spreading() -> str:
@@ -355,7 +342,7 @@ def _merge(loaded: Loaded) -> None:
     params = dict(loaded.model.named_parameters())
     with torch.no_grad():
         for name, (a, b) in deltas(loaded.chain).items():
-            if name in params and (is_quantised(params[name]) or is_away(params[name])):
+            if name in params and is_sealed(params[name]):
                 put_beside(loaded, name.removesuffix(".weight"), a, b)
                 continue
             if name not in params or params[name].shape != (b.shape[0], a.shape[1]):

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from shl.core.console import warn
 from shl.core.errors import ShlError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from shl.core.locate import ModelRef
     from shl.core.models import Loaded
 
 
 def is_away(weight: Tensor) -> bool:
     """Whether a weight is a name only, whose numbers accelerate brings when they are needed."""
     return weight.is_meta
+
+
+def check_places(ref: ModelRef, places: Sequence[Any]) -> None:
+    """Say what does not fit the GPUs; refuse what does not fit the memory of the machine either."""
+    away = [str(place) for place in places if str(place) in ("cpu", "disk")]
+    if "disk" in away:
+        raise ShlError(
+            f"{ref.id} does not fit this machine: parts of it would lie on the disk",
+            hint="use --dtype bfloat16, more GPUs, or a machine with more memory",
+        )
+    if away:
+        warn(f"{len(away)} of {len(places)} parts of {ref.id} lie on the CPU and are copied at every pass: slow")
 
 
 def refuse_away(loaded: Loaded, what: str, hint: str) -> None:

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from shl.core.errors import Mismatch, ShlError
+from shl.core.offload import is_away
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,6 +40,11 @@ def check_loadable(ref: ModelRef, config: PreTrainedConfig) -> bool:
 def is_quantised(weight: Tensor) -> bool:
     """Whether a weight is codes instead of numbers."""
     return not weight.dtype.is_floating_point
+
+
+def is_sealed(weight: Tensor) -> bool:
+    """Whether nothing can be merged into a weight: it is codes, or it is elsewhere."""
+    return is_quantised(weight) or is_away(weight)
 
 
 def put_beside(loaded: Loaded, path: str, a: Tensor, b: Tensor) -> None:

@@ -26,6 +26,10 @@ class Sampling:
     banned: frozenset[int] = frozenset()
     endless: bool = False
 
+    def ends(self, stop_ids: frozenset[int]) -> frozenset[int]:
+        """The tokens that end a completion of a model whose turns end with `stop_ids`."""
+        return frozenset() if self.endless else stop_ids | self.until
+
 
 def noise(seeds: list[int], sampling: Sampling, steps: int, device: torch.device) -> Tensor:
     """One uniform number for each row and step, from a generator of the row's own, drawn on the CPU."""

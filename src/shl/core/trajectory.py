@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
@@ -216,6 +217,9 @@ class Track:
             doses = [self.steps[i].dose for i in chosen]
             spans.append({"tokens": len(doses), "coeff": coeff, "dose": _short(sum(doses) / len(doses))})
         return spans
+
+
+Waiting = deque[tuple[Track, int]]  # rows that are not begun, each with its seed
 
 
 def _short(value: float) -> float:
