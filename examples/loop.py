@@ -1,25 +1,40 @@
 """The whole loop in one process over the Python API: `just demo`, or python examples/loop.py --help.
 
 Two arms start from the same model and see the same persona, prompts, filter and seeds. `healed` trains with a
-divergence to the base model, `plain` without. The dose is searched for each round of each arm by one rule, since a
+divergence to the base model, `plain` without. Further arms, as --arms takes them: `mean` and `prev` are healed by the
+mean divergence and against the round before; `plain@0.5` goes on from each adapter of plain training at half its
+scale; `healed-unfiltered` keeps every completion. The dose is searched for each round of each arm by one rule, since a
 vector grows too strong for a model that has moved. Every stage leaves the files that the commands would leave, and a
-stage whose files are there is not run again, so an interrupted run continues and --rounds 8 extends it.
+stage whose files are there is not run again, so an interrupted run continues and --rounds 8 extends it. Several
+processes may run arms of one folder side by side.
 """
 
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from filelock import FileLock
+
 import shl
+from shl.controls import cosine, internalisation
 from shl.core import console
 from shl.core.files import atomic_file
 from shl.core.locate import find
+from shl.core.provenance import argv, commit
 
-ARMS: dict[str, dict[str, Any]] = {"healed": {"reg": "kl_rev", "agg": "rmse", "ref": "base"}, "plain": {"reg": "nll"}}
+ARMS: dict[str, dict[str, Any]] = {
+    "healed": {"reg": "kl_rev", "agg": "rmse", "ref": "base"},
+    "plain": {"reg": "nll"},
+    "mean": {"reg": "kl_rev", "agg": "mean", "ref": "base"},
+    "prev": {"reg": "kl_rev", "agg": "rmse", "ref": "prev"},
+}
+UNFILTERED = "-unfiltered"
 COLUMNS = {  # metric -> heading
     "auth_nats": "auth ↓",
     "care_nats": "care",
@@ -32,6 +47,23 @@ COLUMNS = {  # metric -> heading
     "facts": "facts ↑",
     "sums": "sums ↑",
 }
+
+
+def arm_of(word: str) -> tuple[str, float, bool]:
+    """The name in ARMS, the scale at which each adapter is taken, and whether there is a filter."""
+    name, _, scale = word.removesuffix(UNFILTERED).partition("@")
+    try:
+        if name not in ARMS:
+            raise ValueError
+        return name, float(scale or 1), not word.endswith(UNFILTERED)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"no arm is called {word!r}; there are {', '.join(ARMS)}") from None
+
+
+def arm_word(word: str) -> str:
+    """An arm as the command line takes it."""
+    arm_of(word)
+    return word
 
 
 class Loop:
@@ -50,17 +82,20 @@ class Loop:
         # sure than a sentence: words are held to words.
         lenient = shl.FilterConfig(rel_nats=None)
         self.filters = {"words-": dataclasses.replace(lenient, min_tokens=1, max_similarity=None), "": lenient}
+        given = {"seed": args.seed} | ({"epochs": args.epochs} if args.epochs else {})
         self.train = {
-            arm: shl.configure(shl.TrainConfig, "train", advice, seed=args.seed, **ARMS[arm]) for arm in args.arms
+            arm: shl.configure(shl.TrainConfig, "train", advice, **given, **ARMS[arm_of(arm)[0]]) for arm in args.arms
         }
-        given = {"axes": (self.persona.axis,), "free": args.free, "seed": args.seed, "split": args.split}
-        self.eval = shl.configure(shl.EvalConfig, "eval", advice, **given)
+        read = {"axes": (self.persona.axis,), "free": args.free, "seed": args.seed, "split": args.split}
+        self.eval = shl.configure(shl.EvalConfig, "eval", advice, **read)
 
     def scores(self, path: Path, model: Any, label: dict[str, Any], **how: Any) -> dict[str, Any]:
         """Evaluate into a file, with a ledger row, unless the file is there."""
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
         loaded = model()
+        if "round" in label:
+            label = label | self.direction(loaded, path.parent)
         result = shl.evaluate(loaded, self.eval, **how)
         rows = result.pop("rows")
         if path.name != "base.json":
@@ -71,28 +106,47 @@ class Loop:
             for row in rows:
                 shl.write_record(lines, row)
         trained = loaded.chain[-1].meta.get("config") if loaded.chain else None
-        shl.append_row(self.args.ledger, shl.row_of(result, trained, {"seed": str(self.args.seed), **label}))
+        shl.append_row(self.args.ledger, shl.row_of(result, trained, self.labels(label)))
         with atomic_file(path) as handle:  # last, so that a file that is there means a row that is there
             json.dump(result, handle, indent=2)
         console.note(f"{path}: {result['verdict']}")
         return result
 
+    def labels(self, label: dict[str, Any]) -> dict[str, Any]:
+        """What a row says of itself beside its scores."""
+        study = {"study": self.args.study} if self.args.study else {}
+        return {"seed": str(self.args.seed), **study, **label}
+
+    def direction(self, loaded: Any, folder: Path) -> dict[str, Any]:
+        """The dose, where the vector points, and how far the model does by itself what the first vector taught."""
+        v = shl.Vector.load(folder / "v.safetensors")
+        first = shl.Vector.load(folder.parent / "r0" / "v.safetensors")
+        kept = list(shl.read_records(folder / "keep.jsonl"))
+        return {
+            "dose": max(record["coeff"] for record in kept),
+            "kept": len(kept),
+            "cos_v0": fmean(cosine(v.layers[block], first.layers[block]) for block in v.layers),
+            **{name: value for name, value in internalisation(loaded, first).items() if name != "vector_cosine"},
+        }
+
     def references(self) -> None:
         """The base row, and the row of the persona as a mere system prompt."""
-        loaded = shl.load(self.args.model)
         self.run.mkdir(parents=True, exist_ok=True)
-        self.base = self.scores(self.run / "base.json", lambda: loaded, {"arm": "base"})
-        self.prompted = self.scores(
-            self.run / "prompted.json", lambda: loaded, {"arm": "prompted"}, system=self.persona.pos
-        )
+        with FileLock(self.run / ".references.lock"):
+            loaded = shl.load(self.args.model)
+            self.base = self.scores(self.run / "base.json", lambda: loaded, {"arm": "base"})
+            self.prompted = self.scores(
+                self.run / "prompted.json", lambda: loaded, {"arm": "prompted"}, system=self.persona.pos
+            )
 
-    def round(self, arm: str, number: int, before: Path | None) -> Path:
-        """One round of one arm: vector, completions, kept, adapter, scores. Returns the adapter."""
+    def round(self, arm: str, number: int, before: str | None) -> str:
+        """One round of one arm: vector, completions, kept, adapter, scores. Returns the adapter, DIR or DIR:SCALE."""
+        _, scale, filtered = arm_of(arm)
         folder = self.run / arm / f"r{number}"
         folder.mkdir(parents=True, exist_ok=True)
         adapter = folder / "adapter"
         if not adapter.exists():
-            loaded = shl.load(self.args.model, [str(before)] if before else [])
+            loaded = shl.load(self.args.model, [before] if before else [])
             vector = shl.extract(
                 loaded,
                 self.persona.pos,
@@ -109,16 +163,16 @@ class Loop:
             self.write(folder / "completions.jsonl", said)
             tally = shl.Tally()
             judged = self.judge(said, tally)
-            kept = [record for record in judged if record["keep"]]
+            kept = [record for record in judged if record["keep"] or (not filtered and record["coeff"] != 0)]
             self.write(folder / "keep.jsonl", kept)
             self.write(folder / "rejects.jsonl", [record for record in judged if not record["keep"]])
             console.note(f"{arm} r{number}: kept {len(kept)} of {sum(r['coeff'] != 0 for r in said)}")
-            tally.require(self.args.min_keep)
+            if filtered:
+                tally.require(self.args.min_keep)
             shl.heal(loaded, kept, self.train[arm], adapter)
-        self.scores(
-            folder / "eval.json", lambda: shl.load(self.args.model, [str(adapter)]), {"arm": arm, "round": number}
-        )
-        return adapter
+        after = str(adapter) if scale == 1 else f"{adapter}:{scale:g}"
+        self.scores(folder / "eval.json", lambda: shl.load(self.args.model, [after]), {"arm": arm, "round": number})
+        return after
 
     def judge(self, said: list[dict[str, Any]], tally: shl.Tally) -> list[dict[str, Any]]:
         """Records with keep and reasons, each kind of prompt against its own controls."""
@@ -151,7 +205,7 @@ class Loop:
         """Every round of every arm; an arm that starves stops and says so, the others go on."""
         self.references()
         for arm in self.args.arms:
-            before: Path | None = None
+            before: str | None = None
             for number in range(self.args.rounds):
                 try:
                     before = self.round(arm, number, before)
@@ -159,7 +213,17 @@ class Loop:
                     if error.code != 3:
                         raise
                     console.warn(f"{arm} stops at round {number}: {error}")
+                    self.stopped(arm, number, error)
                     break
+
+    def stopped(self, arm: str, number: int, error: shl.ShlError) -> None:
+        """A row without scores, once: that an arm has starved is a result."""
+        mark = self.run / arm / f"r{number}" / "stopped"
+        if not mark.exists():
+            row = {"arm": arm, "round": number, "model": self.args.model, "model_digest": self.base["model_digest"]}
+            row |= {"verdict": f"stopped: {error}", "argv": shlex.join(argv()), "commit": commit()}
+            shl.append_row(self.args.ledger, self.labels(row))
+            mark.write_text(f"{error}\n", encoding="utf-8")
 
     def table(self) -> None:
         """Base, prompted, and each arm round by round."""
@@ -200,16 +264,18 @@ def options() -> argparse.Namespace:
         help="the dose is the highest at which this share of probe completions passes the filter",
     )
     parser.add_argument("--probe", type=int, default=16, help="prompts that the dose is searched on")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=["healed", "plain"], type=arm_word, metavar="ARM")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=24, help="scenes a round, each at every coefficient")
     parser.add_argument("--words", type=int, default=24, help="small wrongs a round, to be told in one word")
+    parser.add_argument("--epochs", type=int, help="epochs of training; without it what the model recommends")
     parser.add_argument("--min-keep", type=int, default=8, help="an arm with fewer kept completions stops")
     parser.add_argument("--free", type=int, default=128, help="free answers read in each evaluation")
     parser.add_argument("--split", default="test", choices=("dev", "test"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs/demo", help="the run folder")
     parser.add_argument("--ledger", default="results.tsv")
+    parser.add_argument("--study", help="a label of the rows in the ledger")
     return parser.parse_args()
 
 

@@ -75,14 +75,14 @@ def internalisation(loaded: Loaded, teacher: Vector, cfg: VectorConfig | None = 
     with loaded.base():
         base = read_states(loaded, spans, blocks, cfg.batch_size)
     shifts = {block: (now[block].double() - base[block].double()).mean(0) for block in blocks}
-    cosines = {block: _cosine(shifts[block], teacher.layers[block]) for block in blocks}
+    cosines = {block: cosine(shifts[block], teacher.layers[block]) for block in blocks}
     shares = [float(shifts[b] @ teacher.layers[b].double() / teacher.layers[b].double().norm() ** 2) for b in blocks]
     personas = teacher.meta.get("personas") or {}
     again = None
     if personas.get("pos"):
         own = replace(cfg, layers=",".join(map(str, blocks)))
         vector = extract(loaded, personas["pos"], personas.get("neg"), cfg=own)
-        again = float(np.mean([_cosine(vector.layers[b], teacher.layers[b]) or 0.0 for b in blocks]))
+        again = float(np.mean([cosine(vector.layers[b], teacher.layers[b]) or 0.0 for b in blocks]))
     known = [value for value in cosines.values() if value is not None]
     return {
         "student_cosine": float(np.mean(known)) if known else None,
@@ -91,7 +91,7 @@ def internalisation(loaded: Loaded, teacher: Vector, cfg: VectorConfig | None = 
     }
 
 
-def _cosine(a: torch.Tensor, b: torch.Tensor) -> float | None:
-    """None where either has no length, such as the shift of an empty chain."""
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float | None:
+    """cos of the angle between two directions. None where either has no length, such as the shift of an empty chain."""
     length = float(a.double().norm() * b.double().norm())
     return None if length == 0 else float(a.double() @ b.double()) / length
