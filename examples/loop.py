@@ -82,7 +82,7 @@ class Loop:
         # sure than a sentence: words are held to words.
         lenient = shl.FilterConfig(rel_nats=None)
         self.filters = {"words-": dataclasses.replace(lenient, min_tokens=1, max_similarity=None), "": lenient}
-        given = {"seed": args.seed} | ({"epochs": args.epochs} if args.epochs else {})
+        given = {"seed": args.seed, "epochs": args.epochs}
         self.train = {
             arm: shl.configure(shl.TrainConfig, "train", advice, **given, **ARMS[arm_of(arm)[0]]) for arm in args.arms
         }
@@ -264,11 +264,11 @@ def options() -> argparse.Namespace:
         help="the dose is the highest at which this share of probe completions passes the filter",
     )
     parser.add_argument("--probe", type=int, default=16, help="prompts that the dose is searched on")
-    parser.add_argument("--arms", nargs="+", default=["healed", "plain"], type=arm_word, metavar="ARM")
+    parser.add_argument("--arms", nargs="*", default=["healed", "plain"], type=arm_word, metavar="ARM")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--prompts", type=int, default=24, help="scenes a round, each at every coefficient")
-    parser.add_argument("--words", type=int, default=24, help="small wrongs a round, to be told in one word")
-    parser.add_argument("--epochs", type=int, help="epochs of training; without it what the model recommends")
+    parser.add_argument("--prompts", type=int, default=48, help="scenes a round, each at every coefficient")
+    parser.add_argument("--words", type=int, default=48, help="small wrongs a round, to be told in one word")
+    parser.add_argument("--epochs", type=int, default=4, help="epochs of training: the more text, the fewer")
     parser.add_argument("--min-keep", type=int, default=8, help="an arm with fewer kept completions stops")
     parser.add_argument("--free", type=int, default=128, help="free answers read in each evaluation")
     parser.add_argument("--split", default="test", choices=("dev", "test"))

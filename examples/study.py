@@ -1,0 +1,169 @@
+"""The study behind docs/results.md: python examples/study.py loops axes controls --seeds 100 101 --jobs 2 [--commit]
+
+Every part is a list of jobs, and a job is one command line of this folder that adds rows to a ledger. A job whose rows
+are in the ledger is not run again, here or in a fresh clone; the rows of a job that was killed are not taken over, and
+what it has made is used when it is run again. With --commit each job's rows are committed as they come.
+
+    loops      ten rounds of each arm on the three variants of the model
+    axes       the same on the other personas
+    controls   what healing has to beat, one round
+    data       how much and how broken data; schedules; the price of a shift
+    online     an update for each batch instead of rounds
+    robust     the models of `loops` under an opposing system message, in a long conversation, in other words
+
+Choose on --split dev with seeds 0 to 4; report on --split test with seeds 100 to 104.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shl import results
+from shl.core.console import note, warn
+
+HERE = Path(__file__).parent
+MODELS = ("toy", "toy:rare", "toy:never")
+ARMS = ("healed", "plain", "plain@0.5", "prev", "mean", "healed-unfiltered", "plain-unfiltered")
+SAME = ("study", "model", "arm", "seed", "round", "condition")  # two rows that agree in these are one result
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command line, the rows that say that it is done, and the job that has to be done before."""
+
+    name: str
+    line: tuple[str, ...]
+    rows: Mapping[str, str]
+    needs: str = ""
+
+    def done(self, ledger: list[results.Row]) -> bool:
+        return any(all(row.get(column) == value for column, value in self.rows.items()) for row in ledger)
+
+
+def loop(args: argparse.Namespace, study: str, model: str, seed: int, arm: str, *more: str) -> Job:
+    """One arm of one loop; the arm `base` is the references alone."""
+    run = f"{args.run}/{study}/{model.replace(':', '-')}/s{seed}"
+    line = (
+        f"loop.py --model {model} --rounds {args.rounds} --seed {seed} --split {args.split} --study {study} --out {run}"
+    )
+    arms = () if arm == "base" else (arm,)
+    needs = "" if arm == "base" else f"{study} {model} {seed} base"
+    keys = {"study": study, "model": model, "arm": arm, "seed": str(seed)}
+    return Job(f"{study} {model} {seed} {arm}", (*line.split(), "--out", run, *more, "--arms", *arms), keys, needs)
+
+
+def loops(args: argparse.Namespace) -> Iterator[Job]:
+    """Seeds first, so that a study that is cut short has every arm."""
+    for seed in args.seeds:
+        for model in args.models:
+            yield from (loop(args, "loops", model, seed, arm) for arm in ("base", *args.arms))
+
+
+def axes(args: argparse.Namespace) -> Iterator[Job]:
+    for seed in args.seeds:
+        for persona in ("boldness", "humanity"):
+            study, more = f"loops-{persona}", ("--persona", persona)
+            yield from (loop(args, study, "toy", seed, arm, *more) for arm in ("base", *args.arms))
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Job]]] = {"loops": loops, "axes": axes}
+
+
+def number(text: str) -> Any:
+    """A cell as what it was before it was text, so that it is written the same way again."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, int | float) and repr(value) == text else text
+
+
+class Study:
+    """Jobs side by side, and the one ledger that their rows go to."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.lock = args, threading.Lock()
+        self.jobs = [job for part in args.parts for job in PARTS[part](args)]
+        self.ended = {job.name: threading.Event() for job in self.jobs}
+        self.failed: list[str] = []
+
+    def ledger(self) -> list[results.Row]:
+        path = Path(self.args.ledger)
+        return results.read_rows(path) if path.exists() and path.stat().st_size else []
+
+    def run(self, job: Job) -> None:
+        """A job that is not done, once the one that it needs has ended."""
+        try:
+            if job.needs in self.ended:
+                self.ended[job.needs].wait()
+            if job.done(self.ledger()):
+                return
+            rows = Path(self.args.run) / "rows" / f"{job.name}.tsv"
+            rows.parent.mkdir(parents=True, exist_ok=True)
+            line = [sys.executable, str(HERE / job.line[0]), *job.line[1:], "--ledger", str(rows)]
+            with open(rows.with_suffix(".log"), "a", encoding="utf-8") as log:
+                code = subprocess.run(line, stdout=log, stderr=log, env=self.environment(), check=False).returncode
+            if code == 0:
+                self.take(job, rows)
+            else:
+                self.failed.append(job.name)
+                warn(f"{job.name}: exit code {code}, see {log.name}")
+        finally:
+            self.ended[job.name].set()
+
+    def environment(self) -> dict[str, str]:
+        """Cores are shared out; the number of threads changes the order of sums, so it is one unless told otherwise."""
+        return {"OMP_NUM_THREADS": "1"} | dict(os.environ)
+
+    def take(self, job: Job, rows: Path) -> None:
+        """The rows that the ledger lacks, in one go with their commit."""
+        with self.lock:
+            known = {tuple(row.get(name, "") for name in SAME) for row in self.ledger()}
+            new = [row for row in results.read_rows(rows) if tuple(row.get(name, "") for name in SAME) not in known]
+            for row in new:
+                results.append_row(self.args.ledger, {name: number(text) for name, text in row.items()})
+            if self.args.commit:
+                message = f"Rows: {job.name}"
+                subprocess.run(["git", "commit", "-qm", message, "--", self.args.ledger], check=True)
+        note(f"{job.name}: {len(new)} rows")
+
+    def play(self) -> int:
+        """All jobs in order, as many side by side as asked for; 1 if one failed."""
+        left = [job for job in self.jobs if not job.done(self.ledger())]
+        note(f"{len(left)} of {len(self.jobs)} jobs to run")
+        if self.args.list:
+            print("\n".join(shlex.join(("python", f"examples/{job.line[0]}", *job.line[1:])) for job in left))
+            return 0
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            list(pool.map(self.run, self.jobs))
+        return 1 if self.failed else 0
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=list(PARTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102, 103, 104])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="of the loops")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="of the loops, as examples/loop.py takes them")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--split", default="test", choices=("dev", "test"))
+    parser.add_argument("--jobs", type=int, default=2, help="side by side, one core each")
+    parser.add_argument("--run", default="runs/study", help="the folder for everything but rows")
+    parser.add_argument("--ledger", default="results.tsv")
+    parser.add_argument("--commit", action="store_true", help="commit the ledger after each job")
+    parser.add_argument("--list", action="store_true", help="print the command lines that are left, and run nothing")
+    return Study(parser.parse_args()).play()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
