@@ -4,7 +4,7 @@ Trains the same adapter, by the same trainer, on equally many tokens from four s
 each and for what no training made:
 
     base, prompted                 the model, and the model with the persona as its system message
-    raw, random                    the vector at the dose, and 20 random vectors of its length at it
+    raw, random                    the vector at its doses, and 20 random vectors of its length at the dose
     steered                        completions under the vector
     distilled                      completions under the persona's system message, which training does not see
     selected                       the model's own completions, those likeliest under the persona against its opposite
@@ -40,7 +40,9 @@ class Controls:
         self.loaded, self.persona = shl.load(args.model), shl.persona(args.persona)
         advice = self.loaded.ref.recommended
         axis = self.persona.axis
-        self.eval = shl.configure(shl.EvalConfig, "eval", advice, free=args.free, axes=(axis,), seed=args.seed)
+        self.eval = shl.configure(
+            shl.EvalConfig, "eval", advice, free=args.free, axes=(axis,), seed=args.seed, split=args.split
+        )
         self.train = shl.configure(
             shl.TrainConfig, "train", advice, seed=args.seed, include_controls=True, reg=args.reg
         )
@@ -58,7 +60,9 @@ class Controls:
         result = shl.evaluate(how.pop("loaded", self.loaded), self.eval, **how)
         result.pop("rows")
         result = compare(result, base) if base is not None else result
-        shl.append_row(self.args.ledger, shl.row_of(result, trained, {"arm": arm.partition("/")[0]}))
+        name, _, draw = arm.partition("/")
+        labels = {"arm": name, "draw": draw, "study": self.args.study}
+        shl.append_row(self.args.ledger, shl.row_of(result, trained, {k: v for k, v in labels.items() if v}))
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as handle:
             json.dump(result, handle, indent=2)
@@ -113,7 +117,8 @@ class Controls:
         """Every row, references first."""
         base = self.row("base")
         self.row("prompted", base, system=self.persona.pos)
-        self.row("raw", base, vector=self.vector, coeff=self.args.coeff)
+        for coeff in self.args.raw or [self.args.coeff]:
+            self.row(f"raw@{coeff:g}", base, vector=self.vector, coeff=coeff)
         for seed in range(self.args.random):
             self.row(f"random/{seed}", base, vector=self.vector.random_like(seed), coeff=self.args.coeff)
         for source in self.args.arms:
@@ -129,9 +134,12 @@ def main() -> int:
     parser.add_argument("--reg", default="kl_rev")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--raw", type=float, nargs="*", help="coefficients of the raw vector; without any --coeff")
+    parser.add_argument("--study", help="a label of the rows in the ledger")
     parser.add_argument("--random", type=int, default=20)
     parser.add_argument("--free", type=int, default=64)
     parser.add_argument("--arms", nargs="+", default=list(SOURCES), choices=SOURCES)
+    parser.add_argument("--split", default="test", choices=("dev", "test"), help="what is evaluated on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs/controls")
     parser.add_argument("--ledger", default="results.tsv")

@@ -33,7 +33,7 @@ from shl.core.console import note, warn
 HERE = Path(__file__).parent
 MODELS = ("toy", "toy:rare", "toy:never")
 ARMS = ("healed", "plain", "plain@0.5", "prev", "mean", "healed-unfiltered", "plain-unfiltered")
-SAME = ("study", "model", "arm", "seed", "round", "condition")  # two rows that agree in these are one result
+SAME = ("study", "model", "arm", "seed", "round", "draw", "condition")  # two rows that agree in these are one result
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,18 @@ def axes(args: argparse.Namespace) -> Iterator[Job]:
             yield from (loop(args, study, "toy", seed, arm, *more) for arm in ("base", *args.arms))
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Job]]] = {"loops": loops, "axes": axes}
+def controls(args: argparse.Namespace) -> Iterator[Job]:
+    """Twenty random vectors with the first seed; the other seeds have other contexts, samples and trainings."""
+    for seed in args.seeds:
+        for model in args.models:
+            run = f"{args.run}/controls/{model.replace(':', '-')}/s{seed}"
+            line = f"controls.py --model {model} --seed {seed} --split {args.split} --study controls --free 128"
+            line += f" --raw 0.25 0.4 0.5 0.6 0.75 1 --random {0 if seed % 100 else 20} --out {run}"
+            keys = {"study": "controls", "model": model, "arm": "placebo", "seed": str(seed)}
+            yield Job(f"controls {model} {seed}", tuple(line.split()), keys)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Job]]] = {"loops": loops, "axes": axes, "controls": controls}
 
 
 def number(text: str) -> Any:
@@ -153,7 +164,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=list(PARTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102, 103, 104])
-    parser.add_argument("--models", nargs="+", default=list(MODELS), help="of the loops")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="of loops and controls")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help="of the loops, as examples/loop.py takes them")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--split", default="test", choices=("dev", "test"))
