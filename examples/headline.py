@@ -131,8 +131,8 @@ def table(study: Study, against: Sequence[str]) -> str:
             differences.append(told([reach[seed] - theirs[seed] for seed in reach if seed in theirs]))
         turns = len(study.points[arm])
         rounds = ", ".join(f"{n}" if n < turns else f"all {n}" for n in survived.values())
-        share = statistics.fmean(reach.values()) / prompted
-        cells = [arm, told(list(reach.values())), f"{share:.0%}", *differences, rounds, ", ".join(reach)]
+        share = f"{statistics.fmean(reach.values()) / prompted:.0%}" if prompted else "-"
+        cells = [arm, told(list(reach.values())), share, *differences, rounds, ", ".join(reach)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

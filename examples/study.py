@@ -58,7 +58,8 @@ def loop(args: argparse.Namespace, study: str, model: str, seed: int, arm: str, 
     arms = () if arm == "base" else (arm,)
     needs = "" if arm == "base" else f"{study} {model} {seed} base"
     keys = {"study": study, "model": model, "arm": arm, "seed": str(seed)}
-    return Job(f"{study} {model} {seed} {arm}", (*line.split(), "--out", run, *more, "--arms", *arms), keys, needs)
+    options = (*line.split(), "--out", run, *more, *shlex.split(args.loop), "--arms", *arms)
+    return Job(f"{study} {model} {seed} {arm}", options, keys, needs)
 
 
 def loops(args: argparse.Namespace) -> Iterator[Job]:
@@ -167,6 +168,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="of loops and controls")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help="of the loops, as examples/loop.py takes them")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--loop", default="", help="further options of examples/loop.py, in one word")
     parser.add_argument("--split", default="test", choices=("dev", "test"))
     parser.add_argument("--jobs", type=int, default=2, help="side by side, one core each")
     parser.add_argument("--run", default="runs/study", help="the folder for everything but rows")

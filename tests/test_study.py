@@ -1,0 +1,134 @@
+"""The study: a job whose rows are in the ledger is not run again, rows go over as they stand, figures and tables."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shl import results
+from small import small_model
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+sys.path.insert(0, str(EXAMPLES))
+LITTLE = "--coeff 0 0.4 0.6 --prompts 4 --words 2 --min-keep 1 --free 2"
+import headline  # noqa: E402
+import study  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The embedded model, which here recommends to do as little as possible of everything."""
+    return small_model(tmp_path_factory.mktemp("model"))
+
+
+def run(script: str, *options: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, str(EXAMPLES / script), *map(str, options)]
+    return subprocess.run(line, cwd=cwd, text=True, capture_output=True)
+
+
+def row(arm: str, seed: int, auth: float, broken: float, turn: int | None = None, **more: object) -> dict[str, object]:
+    facts = {"study": "loops", "model": "toy", "arm": arm, "seed": str(seed), "round": turn, "p_ans_any": 0.999}
+    return facts | {"auth_nats": auth, "broken": broken, "informedness": 0.2, "enact_authority": 0.5} | more
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    """Two seeds: healed stays whole, plain goes further and breaks in its second round."""
+    path = tmp_path / "results.tsv"
+    for seed in (100, 101):
+        for one in (
+            row("base", seed, -2.0, 0.1),
+            row("prompted", seed, -3.0, 0.05),
+            row("healed", seed, -2.4, 0.11, 0),
+            row("healed", seed, -2.6, 0.12, 1),
+            row("plain", seed, -2.5 - 0.1 * (seed - 100), 0.12, 0),
+            row("plain", seed, -2.9, 0.6, 1),
+        ):
+            results.append_row(path, one)
+    results.append_row(
+        path, {"study": "loops", "model": "toy", "arm": "plain", "seed": "100", "round": 2, "verdict": "stopped: x"}
+    )
+    return path
+
+
+@pytest.mark.parametrize("text", ["100", "-2.071", "1e-05", "1.0", "", "true", "sha256:1", "nan", "1_0", "07", "'=x"])
+def test_a_cell_is_taken_over_as_it_stands(text):
+    assert results.cell(study.number(results.uncell(text))) == text
+
+
+def test_a_job_is_run_once_and_its_rows_are_taken_over(small, tmp_path):
+    """The ledger decides: with the run folder gone nothing is run; what another arm needs is not asked twice."""
+    options = (
+        "loops",
+        "--models",
+        small,
+        "--arms",
+        "plain",
+        "--seeds",
+        3,
+        "--rounds",
+        1,
+        "--split",
+        "dev",
+        "--jobs",
+        1,
+    )
+    listed = run("study.py", *options, "--list", cwd=tmp_path).stdout.splitlines()
+    assert [line.rpartition("--arms")[2].strip() for line in listed] == ["", "plain"]
+    args = ("--ledger", "all.tsv", "--run", "run")
+    results.append_row(tmp_path / "all.tsv", row("base", 3, -2.0, 0.1, model=str(small), study="loops"))
+    done = run("study.py", *options, *args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = results.read_rows(tmp_path / "all.tsv")
+    assert [one["arm"] for one in rows] == ["base", "prompted", "plain"]
+    shutil.rmtree(tmp_path / "run")
+    again = run("study.py", *options, *args, cwd=tmp_path)
+    assert again.returncode == 0 and "0 of 2 jobs" in again.stderr
+    assert results.read_rows(tmp_path / "all.tsv") == rows
+
+
+def test_reach_and_survival(ledger):
+    found = headline.Study(results.read_rows(ledger), "loops", "toy", "auth_nats")
+    assert found.reach("healed") == pytest.approx({"100": 0.6, "101": 0.6})
+    assert found.reach("plain") == pytest.approx({"100": 0.5, "101": 0.6})  # its second round is beyond base + 2 points
+    assert found.survived("healed") == {"100": 2, "101": 2} and found.survived("plain") == {"100": 1, "101": 1}
+    lines = headline.table(found, ("plain",)).splitlines()
+    assert lines[2].startswith("| healed | +0.60 ± 0.00 | 60% | +0.05 ± 0.64 | all 2, all 2 |")
+
+
+def test_judgments_that_tell_too_little_do_not_count(ledger):
+    results.append_row(ledger, row("loose", 100, -2.9, 0.1, 0, informedness=0.1))
+    assert headline.Study(results.read_rows(ledger), "loops", "toy", "auth_nats").reach("loose") == {"100": 0.0}
+
+
+def test_the_figure_is_drawn(ledger, tmp_path):
+    results.append_row(ledger, row("base", 100, -2.0, 0.1, study="controls"))
+    results.append_row(ledger, row("prompted", 100, -3.0, 0.1, study="controls"))
+    for draw, dose in enumerate((0.25, 0.5)):
+        results.append_row(ledger, row(f"raw@{dose}", 100, -2 - dose, dose, 0, study="controls"))
+        results.append_row(ledger, row("random", 100, -2.0, 0.4, 0, study="controls", draw=str(draw)))
+    done = run("headline.py", ledger, "-o", "h.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "h.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| healed | +0.60" in done.stdout
+
+
+def test_tables_are_written_between_their_marks(ledger, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table reach -->\nold\n<!-- end -->\nafter\n", encoding="utf-8")
+    options = ("--ledger", ledger, "--page", page)
+    assert run("tables.py", *options, "--check", cwd=tmp_path).returncode == 1
+    assert run("tables.py", *options, cwd=tmp_path).returncode == 0
+    assert run("tables.py", *options, "--check", cwd=tmp_path).returncode == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n<!-- table reach -->\n| arm |") and text.endswith("<!-- end -->\nafter\n")
+    page.write_text("<!-- table none -->\n<!-- end -->\n", encoding="utf-8")
+    assert "there is no table none" in run("tables.py", *options, cwd=tmp_path).stderr
+
+
+def test_the_page_shows_what_the_ledger_says():
+    done = run("tables.py", "--check", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
