@@ -69,9 +69,23 @@ u2 RUN="runs/u2" LEDGER="results.tsv":
         EVAL="--free 128 --label study=u2" REGS="${REGS:-nll nll@0.5 nll@0.75 nll@0.9 kl_rev-rmse kl_rev-mean kl_fwd-rmse kl_fwd-mean wd100 spectral5 \
         kl_rev-rmse,kl_rev-rmse-base kl_rev-rmse,kl_rev-rmse-prev kl_rev-rmse,kl_rev-mean-base kl_rev-rmse,kl_rev-mean-prev \
         kl_rev-rmse,kl_fwd-rmse-base kl_rev-rmse,kl_fwd-rmse-prev kl_rev-rmse,kl_fwd-mean-base kl_rev-rmse,kl_fwd-mean-prev \
-        kl_rev-rmse,nll kl_rev-rmse,nll@0.5}" \
+        kl_rev-rmse,nll kl_rev-rmse,nll@0.5 kl_rev-p95 kl_rev-max kl_rev-rmse@0.75 kl_rev-rmse@1.25 kl_rev-rmse@1.5}" \
         examples/sweep
     python examples/matched.py {{LEDGER}} --study u2
+
+# the same arms on text that has passed the filter: is it the filter or the regulariser that heals?
+u2-filtered RUN="runs/u2-filtered" LEDGER="results.tsv":
+    PERSONA=authority SPLIT=test SEEDS="${SEEDS:-100 101 102}" RUN={{RUN}} LEDGER={{LEDGER}} GEN="-n 64 --coeff 0,0.5,0.75,1" \
+        EVAL="--free 128 --label study=u2-filtered" REGS="${REGS:-nll nll@0.5 nll@0.75 kl_rev-rmse kl_rev-mean}" examples/sweep
+
+# the study behind docs/results.md: loops, axes, controls, …; goes on where the ledger ends (hours; --list shows what is left)
+study *PARTS:
+    python examples/study.py {{PARTS}}
+
+# the headline figure, and every table of docs/results.md, from the ledger
+tables:
+    python examples/headline.py results.tsv --model toy toy:rare toy:never -o docs/headline.png --force
+    python examples/tables.py
 
 # what the filter keeps of 160 completions that were labelled by reading
 q0:

@@ -110,7 +110,14 @@ def _verify(loaded: Loaded, folder: Path, as_: str) -> tuple[float, float]:
         before = _logits(loaded.model, ids)
     found = _reloaded(loaded, folder, ids) if as_ == "model" else _with_peft(loaded, folder, ids)
     error, effect = float((found - wanted).abs().max()), float((wanted - before).abs().max())
-    if not error <= _limit(loaded, wanted, effect):
+    rounding = _rounding(loaded, wanted)
+    if 0 < effect < 2 * rounding and not _exact(loaded):
+        console.warn(
+            "the chain's effect is as small as rounding, which hides what else may differ: --dtype float32 tells"
+        )
+    # short floats round, and are held to half of the chain's effect as well, unless that is as small as rounding is
+    limit = rounding if _exact(loaded) else max(rounding, min(8 * rounding, effect / 2))
+    if not error <= limit:
         raise ShlError(
             f"what was baked answers differently from the chain on the fly: logits differ by {error:.2g}",
             hint="nothing was written; try --dtype float32, and please report the model",
@@ -134,20 +141,18 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits.float().cpu()
 
 
-def _limit(loaded: Loaded, wanted: Tensor, effect: float) -> float:
-    """What the two may differ by. In float32 hardly at all; short floats round, and are held to half of the chain's
-    effect as well, unless that is as small as rounding is by itself."""
+def _exact(loaded: Loaded) -> bool:
+    """Whether everything is computed in float32: kernels for quantised weights take bfloat16 at best."""
+    return loaded.dtype == torch.float32 and not loaded.beside
+
+
+def _rounding(loaded: Loaded, wanted: Tensor) -> float:
+    """How far two ways to the same logits may lie apart."""
     largest = float(wanted.abs().max())
-    if loaded.dtype == torch.float32 and not loaded.beside:
+    if _exact(loaded):
         return 1e-4 * max(1.0, largest)
-    # kernels for quantised weights compute in bfloat16 at best, whatever goes in
     dtype = torch.bfloat16 if loaded.beside else loaded.dtype
-    rounding = torch.finfo(dtype).eps * largest * max(1.0, loaded.n_blocks**0.5)
-    if 0 < effect < 2 * rounding:
-        console.warn(
-            "the chain's effect is as small as rounding, which hides what else may differ: --dtype float32 tells"
-        )
-    return max(rounding, min(8 * rounding, effect / 2))
+    return torch.finfo(dtype).eps * largest * max(1.0, loaded.n_blocks**0.5)
 
 
 def _reloaded(loaded: Loaded, folder: Path, ids: Tensor) -> Tensor:
