@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matched import T
+from study import ARMS as ORDER
 
 from shl import results
 from shl.core.metrics import finite
@@ -83,7 +84,9 @@ class Study:
         return point(row, self.base[row["seed"]], self.trait, self.sign)
 
     def arms(self) -> list[str]:
-        return [arm for arm, turns in self.points.items() if None not in turns]
+        """Those with rounds, in the order in which the study names them, so that each keeps its colour."""
+        found = [arm for arm, turns in self.points.items() if None not in turns]
+        return sorted(found, key=lambda arm: (ORDER.index(arm) if arm in ORDER else len(ORDER), arm))
 
     def reach(self, arm: str) -> dict[str, float]:
         """The largest good shift of each seed; 0 where no round is good, since base itself is."""
@@ -159,13 +162,17 @@ def draw(axes: Any, study: Study, controls: Study | None, title: str) -> list[st
     for name, one in spots:
         marker, size, _ = style.POINTS[name]
         axes.plot(one.shift, max(floor, one.broken), marker, color=style.GREY, markersize=size, zorder=5)
-        axes.annotate(name, (one.shift, max(floor, one.broken)), (7, -10), textcoords="offset points", fontsize=8)
+        spot = one.shift, max(floor, one.broken)
+        axes.annotate(name, spot, (0, 9), textcoords="offset points", fontsize=8, ha="center")
     if controls is not None:
         draw_controls(axes, controls, floor)
     axes.axhline(base.broken + MORE, color=style.GREY, linestyle="--", linewidth=0.9)
-    axes.axhline(0.02, color=style.GREY, linestyle=":", linewidth=0.9)
+    axes.annotate("base + 2 points", (0.01, base.broken + MORE), (0, 2), xycoords=("axes fraction", "data"),
+                  textcoords="offset points", fontsize=7, color=style.GREY)  # fmt: skip
     axes.set_yscale("log")
-    axes.set_ylim(floor, 1.15)
+    axes.set_ylim(top=1.15)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.margins(x=0.08)
     axes.set_title(title, loc="left", fontsize=10)
     axes.grid(alpha=0.25)
     return arms
