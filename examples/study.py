@@ -7,7 +7,8 @@ what it has made is used when it is run again. With --commit each job's rows are
     loops      ten rounds of each arm on the three variants of the model
     axes       the same on the other personas
     controls   what healing has to beat, one round
-    data       how much and how broken data; schedules; the price of a shift
+    data       how much and how broken data; schedules, gate and backtracking as data
+    price      what prompted and steered text costs in KL, and what comes of it, on three models and three personas
     online     an update for each batch instead of rounds
     robust     the models of `loops` under an opposing system message, in a long conversation, in other words
 
@@ -23,7 +24,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,18 +77,72 @@ def axes(args: argparse.Namespace) -> Iterator[Job]:
             yield from (loop(args, study, "toy", seed, arm, *more) for arm in ("base", *args.arms))
 
 
+def one_round(args: argparse.Namespace, part: str, last: str, more: str, model: str, seed: int) -> Job:
+    """A job of a script for one-round comparisons; `last` is the arm that it ends with."""
+    study, _, persona = part.partition(":")
+    name = f"{study}-{persona}" if persona else study
+    run = f"{args.run}/{name}/{model.replace(':', '-')}/s{seed}"
+    line = f"--model {model} --seed {seed} --split {args.split} --study {name} --free 128 --out {run} {more}"
+    line += f" --persona {persona}" if persona else ""
+    keys = {"study": name, "model": model, "arm": last, "seed": str(seed)}
+    return Job(f"{name} {model} {seed}", tuple(line.split()), keys)
+
+
 def controls(args: argparse.Namespace) -> Iterator[Job]:
     """Twenty random vectors with the first seed; the other seeds have other contexts, samples and trainings."""
     for seed in args.seeds:
         for model in args.models:
-            run = f"{args.run}/controls/{model.replace(':', '-')}/s{seed}"
-            line = f"controls.py --model {model} --seed {seed} --split {args.split} --study controls --free 128"
-            line += f" --raw 0.25 0.4 0.5 0.6 0.75 1 --random {0 if seed % 100 else 20} --out {run}"
-            keys = {"study": "controls", "model": model, "arm": "placebo", "seed": str(seed)}
-            yield Job(f"controls {model} {seed}", tuple(line.split()), keys)
+            more = f"--raw 0.25 0.4 0.5 0.6 0.75 1 --random {0 if seed % 100 else 20}"
+            job = one_round(args, "controls", "placebo", more, model, seed)
+            yield replace(job, line=("controls.py", *job.line))
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Job]]] = {"loops": loops, "axes": axes, "controls": controls}
+def data(args: argparse.Namespace) -> Iterator[Job]:
+    for seed in args.seeds:
+        job = one_round(args, "data", "backtrack", "--parts size course", "toy", seed)
+        yield replace(job, line=("data.py", *job.line))
+
+
+def price(args: argparse.Namespace) -> Iterator[Job]:
+    for seed in args.seeds:
+        for model in args.models:
+            for persona in ("authority", "humanity", "boldness"):
+                job = one_round(args, f"price:{persona}", "priced", "--parts price", model, seed)
+                yield replace(job, line=("data.py", *job.line))
+
+
+def robust(args: argparse.Namespace) -> Iterator[Job]:
+    """On the last round of healing, and on the third of plain training at half its scale, which is as sound."""
+    for seed in args.seeds:
+        run = f"{args.run}/loops/toy/s{seed}"
+        arms = {"healed": f"healed/r{args.rounds - 1}/adapter", "plain@0.5": "plain@0.5/r2/adapter:0.5"}
+        more = " ".join(f"--arm {arm}={run}/{where}" for arm, where in arms.items())
+        job = one_round(args, "robust", "plain@0.5", more, "toy", seed)
+        yield replace(job, line=("robust.py", *job.line))
+
+
+def online(args: argparse.Namespace) -> Iterator[Job]:
+    """Twelve batches of sixteen are the completions of a round, and four steps on each its epochs."""
+    for seed in args.seeds:
+        line = (
+            f"online.py --seed {seed} --split {args.split} --study online --out {args.run}/online/toy/s{seed} --lr 1e-3"
+        )
+        line += f" --batches {12 * args.rounds} --batch-scenes 8 --batch-words 8 --refresh 12 --eval-every 12"
+        keys = {"study": "online", "model": "toy", "arm": "online", "seed": str(seed)}
+        yield Job(
+            f"online toy {seed}", (*line.split(), *["--steps-per-batch", "4", "--prompts", "48", "--words", "48"]), keys
+        )
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Job]]] = {
+    "loops": loops,
+    "axes": axes,
+    "controls": controls,
+    "data": data,
+    "price": price,
+    "robust": robust,
+    "online": online,
+}
 
 
 def number(text: str) -> Any:

@@ -1,5 +1,6 @@
 """The study: a job whose rows are in the ledger is not run again, rows go over as they stand, figures and tables."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -87,6 +88,30 @@ def test_a_job_is_run_once_and_its_rows_are_taken_over(small, tmp_path):
     shutil.rmtree(tmp_path / "run")
     again = run("study.py", *options, *args, cwd=tmp_path)
     assert again.returncode == 0 and "0 of 2 jobs" in again.stderr
+    assert results.read_rows(tmp_path / "all.tsv") == rows
+
+
+def test_one_round_scripts_leave_their_rows_once(small, tmp_path):
+    """Size, course and price of the data, then robustness of what was trained; asked again, nothing is run."""
+    given = f"--model {small} --split dev --seed 3 --free 2 --ledger all.tsv".split()
+    parts = "--parts size course price --sizes 8 10 --epochs 1 --most 8 --doses 0.5 --strong 0.4 --prompts 8 --out data"
+    trained = "--arm healed=data/n10-e1-c0.5/adapter --conditions plain long --out robust"
+    lines = [("data.py", *given, *parts.split()), ("robust.py", *given, *trained.split())]
+    for line in lines:
+        done = run(*line, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "| healed | enact_authority |" in done.stdout
+    rows = results.read_rows(tmp_path / "all.tsv")
+    arms = [(one["arm"], one["condition"]) for one in rows]
+    sizes, courses = ["n8-e1-c0.5", "n10-e1-c0.5"], ["constant", "linear", "exp", "gate", "backtrack"]
+    assert [arm for arm, condition in arms if not condition] == ["base", "prompted", *sizes, *courses, "priced"]
+    assert arms[-6:] == [(arm, condition) for arm in ("base", "prompted", "healed") for condition in ("plain", "long")]
+    priced = next(one for one in rows if one["arm"] == "priced")
+    assert float(priced["price_prompted"]) > 0 and float(priced["price_steered"]) > 0
+    plain, long = (json.loads(one["settings"]) for one in rows[-2:])
+    assert "before" not in plain and long.pop("before").startswith("sha256:") and long == plain
+    for line in lines:
+        assert run(*line, cwd=tmp_path).returncode == 0
     assert results.read_rows(tmp_path / "all.tsv") == rows
 
 

@@ -20,7 +20,7 @@ from shl.core.errors import ShlError
 from shl.core.free import Judge, Metrics, Part, Question, Row, measure_free, measure_quiz, quiz, speak
 from shl.core.hooks import Steering
 from shl.core.models import Loaded
-from shl.core.provenance import digest_file
+from shl.core.provenance import digest_file, digest_of
 from shl.core.verdict import coherence, compare, gate, refuse_other, verdict
 
 if TYPE_CHECKING:
@@ -38,13 +38,15 @@ def evaluate(
     coeff: float = 0.0,
     system: str | None = None,
     *,
+    before: Sequence[dict[str, str]] = (),
     allow_mismatch: bool = False,
     judge_model: Loaded | None = None,
 ) -> dict[str, Any]:
     """One evaluation as the Eval JSON object; its `rows` hold every item for `--per-row`.
 
-    With a vector every prompt is steered at `coeff`; with `system` every prompt carries that system message.
-    `judge_model` reads the free answers too.
+    With a vector every prompt is steered at `coeff`; with `system` every prompt carries that system message. Free
+    answers are given at the end of the conversation `before`, turns of user and assistant. `judge_model` reads the
+    free answers too.
     """
     suite, variant = suites.find(cfg.suite)
     cfg = suites.settled(cfg)
@@ -56,11 +58,11 @@ def evaluate(
     with _steered(loaded, vector, coeff):
         judged = suite(loaded, cfg, system, variant)
         parts = [_told(f"{len(judged)} vignettes", moral.measure(cfg, judged))]
-        said = speak(loaded, cfg, system) if cfg.free and cfg.axes else []
+        said = speak(loaded, cfg, system, before) if cfg.free and cfg.axes else []
         agreed = agree.read(loaded, cfg, offered, system)
         solved = quiz(loaded, cfg, system, _questions(loaded, cfg))
     parts += [
-        _told(f"{len(said)} free answers", measure_free(loaded, cfg, said, _judge(loaded), judge_model)),
+        _told(f"{len(said)} free answers", measure_free(loaded, cfg, said, judge_of(loaded), judge_model)),
         _told(f"{len(agreed)} readings of agreement", agree.measure(cfg, agreed)),
         _told(f"{len(solved)} questions", measure_quiz(loaded, cfg, solved)),
     ]
@@ -74,7 +76,8 @@ def evaluate(
         "vector": vector.digest if vector is not None else None,
         "coeff": coeff if vector is not None else None,
         "system": system,
-        "settings": _settings(cfg, judge_model),
+        "settings": _settings(cfg, judge_model)
+        | ({"before": digest_of([dict(one) for one in before])} if before else {}),
         "n": len(judged),
         "seed": cfg.seed,
         "metrics": {**found, **dict.fromkeys(missing)},
@@ -139,7 +142,7 @@ def refuse_incomparable(
         refuse_other({"suite": cfg.suite, "model_digest": loaded.digest, "settings": settings}, other)
 
 
-def _judge(loaded: Loaded) -> Judge | None:
+def judge_of(loaded: Loaded) -> Judge | None:
     """The independent judge of free answers that the model's own shl.json names, if any."""
     if loaded.ref.recommended.get("judge") != "toy":
         return None

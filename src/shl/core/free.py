@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,9 +34,16 @@ REPLY_TOKENS = 32  # a competence answer is one short sentence
 _NUMBER = re.compile(r"-?\d+")
 
 
-def speak(loaded: Loaded, cfg: EvalConfig, system: str | None) -> list[Row]:
-    """Sampled answers to held-out prompts, one row each. Their noise is shared by every model and coefficient."""
-    asked = [(axis, name, prompt) for axis in cfg.axes for name, prompt in chosen(axis, cfg, cfg.free)]
+def speak(loaded: Loaded, cfg: EvalConfig, system: str | None, before: Sequence[dict[str, str]] = ()) -> list[Row]:
+    """Sampled answers to held-out prompts, one row each. Their noise is shared by every model and coefficient.
+
+    `before` are turns of a conversation that every prompt comes at the end of.
+    """
+    asked = [
+        (axis, name, replace(prompt, messages=[*before, *prompt.messages]))
+        for axis in cfg.axes
+        for name, prompt in chosen(axis, cfg, cfg.free)
+    ]
     rate = Rate()
     with progress("free answers", len(asked)) as bar:
         completions = decode(
