@@ -122,12 +122,11 @@ class Online(Loop):
         if not folder.exists():
             sides, name = (self.persona.pos, self.persona.neg), self.persona.name
             vector = shl.extract(self.loaded, *sides, cfg=self.vector, name=name, axis=self.persona.axis)
-            dose = dict(zip(("coeffs", "probed"), self.searched(vector, number), strict=True))
             with atomic_dir(folder) as made:
                 vector.save(made / "v.safetensors")
                 controls = shl.generate(self.loaded, self.prompts, self.sampling(number, 0.0))
                 self.write(made / "controls.jsonl", list(controls))
-                (made / "dose.json").write_text(canonical(dose), encoding="utf-8")
+                (made / "dose.json").write_text(canonical(self.searched(vector, number)), encoding="utf-8")
         self.teacher = shl.Vector.load(folder / "v.safetensors")
         self.controls = list(shl.read_records(folder / "controls.jsonl"))
         dose = json.loads((folder / "dose.json").read_text(encoding="utf-8"))
@@ -136,16 +135,16 @@ class Online(Loop):
             self.spent["controls"] += len(self.controls)
             self.spent["probed"] += dose["probed"]
 
-    def searched(self, vector: shl.Vector, number: int) -> tuple[list[float], int]:
+    def searched(self, vector: shl.Vector, number: int) -> Record:
         """The doses, of which each batch takes the next, and how many completions their search took."""
         if self.args.coeff:
-            return [coeff for coeff in self.args.coeff if coeff] or [0.0], 0
+            return {"coeffs": [coeff for coeff in self.args.coeff if coeff] or [0.0], "probed": 0}
         prompts = shl.pool(self.persona.axis)[-self.args.probe :]
         cfg = shl.DoseConfig(prompts=len(prompts), seed=10_000 * self.args.seed + number)
         found = shl.by_survival(self.loaded, vector, prompts, self.args.survival, cfg, shl.FilterConfig())
         console.note(f"batch {number}: {found.value:.0%} survive at coefficient {found.coeff:.3g}")
         probed = len(prompts) * (len(found.readings) + 2)  # each of the two sweeps has its controls
-        return [round(found.coeff * share, 3) for share in (0.7, 1.0)], probed
+        return {"coeffs": [round(found.coeff * share, 3) for share in (0.7, 1.0)], "probed": probed}
 
     def learn(self, kept: list[Record]) -> None:
         """The steps of one batch, against the base model."""
@@ -186,8 +185,8 @@ class Online(Loop):
         folder = self.folder / f"r{self.spent['round']}"
         self.write(folder / "keep.jsonl", self.kept)
         self.write(folder / "rejects.jsonl", self.rejects)
-        first = shl.Vector.load(self.vectors(self.kept[0]["batch"]) / "v.safetensors")
-        first.save(folder / "v.safetensors", force=True)
+        first = self.vectors(self.kept[0]["batch"]) / "v.safetensors"
+        shl.Vector.load(first).save(folder / "v.safetensors", force=True)
         rechain(self.loaded, [])
         meta = adapter_meta(self.loaded, self.cfg, self.kept, folder / "adapter")
         self.spent["round"] += 1
@@ -204,15 +203,17 @@ class Online(Loop):
         number = self.spent["round"] - 1
         folder = self.folder / f"r{number}"
         rechain(self.loaded, [read_adapter(folder / "adapter")])
-        label = self.spent | {"arm": self.args.arm, "round": number}
-        self.scores(folder / "eval.json", lambda: self.loaded, label)
+        self.scores(folder / "eval.json", lambda: self.loaded, {"arm": self.args.arm, "round": number})
         self.begin()
+
+    def labels(self, label: Record) -> Record:
+        """Rows of the arm also tell what was spent by then."""
+        return super().labels(self.spent | label if "round" in label else label)
 
     def settings(self) -> Record:
         """What a run is continued with."""
         own = {name: value for name, value in vars(self.args).items() if name not in (*FREE, *ADVISED)}
-        steps = {"train": self.cfg, "gen": self.gen, "vector": self.vector}
-        own |= {name: dataclasses.asdict(cfg) for name, cfg in steps.items()}
+        own |= {type(one).__name__: dataclasses.asdict(one) for one in (self.cfg, self.gen, self.vector)}
         return json.loads(canonical({**own, "model_digest": self.loaded.digest}))
 
     def restore(self) -> None:

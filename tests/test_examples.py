@@ -296,6 +296,9 @@ class TestOnline:
         ]
         with pytest.raises(shl.ShlError, match="steps_per_batch"):
             begun("killed", f"{options} --steps-per-batch 2").play()
+        begun("killed", f"{options} --coeff 9 --arm starved").play()
+        last = ledger(tmp_path / "killed/results.tsv")[-1]
+        assert [last[name] for name in names[:4]] == ["starved", "0", "1", "3"] and "kept 0 of 3" in last["verdict"]
 
     def test_the_adapter_on_disk_is_the_model_in_training(self, begun, small, tmp_path):
         run = begun("run", "--batches 1 --steps-per-batch 3")
