@@ -1,6 +1,8 @@
 """The example scripts as they stand: stopped at any stage, the same line finishes; and each of them runs for real."""
 
 import csv
+import dataclasses
+import importlib
 import json
 import os
 import runpy
@@ -11,8 +13,13 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 
 import kills
+import shl
+from shl.core.lora import injected
+from shl.core.models import rechain
+from shl.core.peft_dir import Adapter, read_adapter
 from shl.new import create
 from shl.results import append_row
 from small import LENIENT, small_model
@@ -244,6 +251,94 @@ def test_loop_py_goes_on_with_more_rounds(small, tmp_path, monkeypatch):
     assert arms == [("base", ""), ("prompted", ""), ("plain", "0"), ("plain", "1")]
     assert (tmp_path / "run/trajectory.png").stat().st_size
     assert len(json.loads((tmp_path / "run/plain/r1/adapter/shl.json").read_text(encoding="utf-8"))["parents"]) == 1
+
+
+class TestOnline:
+    """online.py: one adapter that learns from every batch."""
+
+    SMALL = "--coeff 0.4 0.6 --prompts 4 --words 2 --batch-scenes 2 --batch-words 1 --min-keep 1 --free 2 --split dev"
+
+    @pytest.fixture
+    def begun(self, small, tmp_path, monkeypatch):
+        """A run that stands at its beginning, with further options."""
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        online = importlib.import_module("online")
+
+        def begin(out: str, options: str = ""):
+            folder = tmp_path / out
+            line = f"online.py --model {small} {self.SMALL} --out {folder} --ledger {folder}/results.tsv {options}"
+            monkeypatch.setattr(sys, "argv", line.split())
+            return online.Online(online.options())
+
+        return begin
+
+    def test_killed_goes_on_to_what_the_whole_run_ends_with(self, begun, small, tmp_path, monkeypatch):
+        options = "--batches 2 --refresh 2 --eval-every 1"
+        whole = begun("whole", options)
+        whole.play()
+        (tmp_path / "killed").mkdir()
+        for name in ("base", "prompted"):
+            shutil.copy(tmp_path / f"whole/{name}.json", tmp_path / "killed")
+        killed = begun("killed", options)
+        learn = type(killed).learn
+        monkeypatch.setattr(killed, "learn", lambda kept: 1 / 0 if killed.spent["batch"] == 2 else learn(killed, kept))
+        with pytest.raises(ZeroDivisionError):
+            killed.play()
+        begun("killed", options).play()
+        ends = [read_adapter(tmp_path / out / "online/r1/adapter") for out in ("whole", "killed")]
+        assert ends[0].digest == ends[1].digest
+        rows = [ledger(tmp_path / out / "results.tsv")[-2:] for out in ("whole", "killed")]
+        names = ("arm", "round", "batch", "generated", "controls", "probed", "steps", "train_tokens", "auth_nats")
+        assert [[row[name] for name in names] for row in rows[0]] == [[row[name] for name in names] for row in rows[1]]
+        assert [[row[name] for name in names[:7]] for row in rows[0]] == [
+            ["online", "0", "1", "3", "6", "0", "1"],
+            ["online", "1", "2", "6", "6", "0", "2"],
+        ]
+        with pytest.raises(shl.ShlError, match="steps_per_batch"):
+            begun("killed", f"{options} --steps-per-batch 2").play()
+        begun("killed", f"{options} --coeff 9 --arm starved").play()
+        last = ledger(tmp_path / "killed/results.tsv")[-1]
+        assert [last[name] for name in names[:4]] == ["starved", "0", "1", "3"] and "kept 0 of 3" in last["verdict"]
+
+    def test_the_adapter_on_disk_is_the_model_in_training(self, begun, small, tmp_path):
+        run = begun("run", "--batches 1 --steps-per-batch 3")
+        run.play()
+        ids = torch.tensor([run.loaded.encode_prompt(run.prompts[0].messages)])
+        with torch.no_grad():
+            read = shl.load(small, [str(tmp_path / "run/online/r0/adapter")]).model(ids).logits
+            rechain(run.loaded, [])
+            base = run.loaded.model(ids).logits
+            with injected(run.loaded, run.config, torch.Generator()) as lora:
+                lora.put(run.lora.tensors())
+                trained = run.loaded.model(ids).logits
+        torch.testing.assert_close(read, trained, rtol=1e-5, atol=1e-5)
+        assert (read - base).abs().max() > 1e-3
+
+    def test_before_its_first_step_it_is_base(self, begun):
+        run = begun("run")
+        base = {name: value.clone() for name, value in run.loaded.model.state_dict().items()}
+        rechain(run.loaded, [Adapter(run.folder, run.config, run.lora.tensors(), {}, "start")])
+        assert run.loaded.originals
+        assert all(torch.equal(base[name], value) for name, value in run.loaded.model.state_dict().items())
+
+    @pytest.mark.parametrize("loss", ["--reg nll", "--reg kl_rev --tau 0"])
+    def test_a_batch_that_is_all_data_has_the_gradient_of_a_heal(self, begun, tmp_path, loss):
+        run = begun("run", f"--steps-per-batch 2 --warmup 1 {loss}")
+        records = [
+            {
+                "prompt": prompt.messages,
+                "completion": [{"content": "The boy must obey the old king." * n}],
+                "coeff": 1.0,
+            }
+            for n, prompt in enumerate(run.prompts[:4], 1)
+        ]
+        run.learn(records)
+        rechain(run.loaded, [])
+        log = shl.heal(run.loaded, records, dataclasses.replace(run.cfg, epochs=2), tmp_path / "healed").rows
+        for mine, heals in zip(run.log, log[1:], strict=True):  # the second at what the first has made of the factors
+            for name in ("nll", "grad_norm", "kl_max", "barrier_active"):
+                assert (mine[name] or 0) == pytest.approx(heals[name] or 0, rel=1e-4), name
+        assert run.log[0]["nll"] > run.log[1]["nll"]
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")

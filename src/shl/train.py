@@ -72,13 +72,13 @@ def heal(
             hint="leave --patience out, raise --holdout, or give more prompts",
         )
     modules = target_modules(loaded, cfg.layers, cfg.targets)
-    config = _adapter_config(loaded, modules, cfg)
-    settings = {name: value for name, value in _meta(loaded, cfg, used, out).items() if name in _SETTINGS}
+    config = adapter_config(loaded, modules, cfg)
+    settings = {name: value for name, value in adapter_meta(loaded, cfg, used, out).items() if name in _SETTINGS}
     part = Checkpoint(out, {**settings, "dtype": str(loaded.dtype)}, force)
 
     def write(where: Path, force: bool, **facts: Any) -> str:
         good = run.good
-        meta = _meta(loaded, cfg, used, where) | {"n_train": len(train), "n_holdout": len(held), "lam": run.lam}
+        meta = adapter_meta(loaded, cfg, used, where) | {"n_train": len(train), "n_holdout": len(held), "lam": run.lam}
         meta |= {"epochs_run": len(good.rows) - 1, "epoch_kept": good.epoch}
         meta |= {"update_norms": good.sizes.norms, "operator_norms": good.sizes.largest}
         with atomic_dir(where, force) as folder:
@@ -149,7 +149,8 @@ def _keep_good(run: Run, why: str, out: Path, write: Callable[..., str]) -> str:
 # --- what is written and said ---
 
 
-def _adapter_config(loaded: Loaded, modules: list[str], cfg: TrainConfig) -> dict[str, Any]:
+def adapter_config(loaded: Loaded, modules: list[str], cfg: TrainConfig) -> dict[str, Any]:
+    """The adapter_config.json of a training on these modules."""
     from transformers.pytorch_utils import Conv1D
 
     alpha = 2.0 * cfg.rank if cfg.alpha is None else float(cfg.alpha)
@@ -161,7 +162,7 @@ def _adapter_config(loaded: Loaded, modules: list[str], cfg: TrainConfig) -> dic
     )
 
 
-def _meta(loaded: Loaded, cfg: TrainConfig, used: list[dict[str, Any]], out: Path) -> dict[str, Any]:
+def adapter_meta(loaded: Loaded, cfg: TrainConfig, used: list[dict[str, Any]], out: Path) -> dict[str, Any]:
     """Where the adapter came from: model, chain, data, vectors."""
     home = os.path.realpath(out)
     parents = [

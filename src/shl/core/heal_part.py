@@ -65,9 +65,7 @@ class Checkpoint:
         self, run: Run, lora: Lora, optimiser: torch.optim.Optimizer, shuffle: torch.Generator, rows: list[Any]
     ) -> None:
         """Write the state after an epoch; a kill leaves this one or the one before."""
-        tensors = {f"lora.{name}": value for name, value in lora.tensors().items()}
-        for number, moments in optimiser.state_dict()["state"].items():
-            tensors |= {f"adam.{number}.{name}": moments[name] for name in _MOMENTS}
+        tensors = state_of(lora, optimiser)
         if run.best is not None:
             tensors |= {f"best.{name}": value for name, value in run.best[1].items()}
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}  # from the device once
@@ -83,12 +81,7 @@ class Checkpoint:
         if self._left is None:
             return []
         (state, tensors), self._left = self._left, None
-        lora.put(_under("lora.", tensors))
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in _under("adam.", tensors).items():
-            number, _, what = name.partition(".")
-            moments.setdefault(int(number), {})[what] = value
-        optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
+        put_back(tensors, lora, optimiser)
         shuffle.set_state(tensors["shuffle"])
         run.step, run.open = state["step"], set(state["open"])
         run.best = None if state["best"] is None else (state["best"], _under("best.", tensors))
@@ -102,6 +95,24 @@ class Checkpoint:
     def release(self) -> None:
         """Let others write the output."""
         self._claim.release()
+
+
+def state_of(lora: Lora, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The factors and the optimiser's moments, by name."""
+    tensors = {f"lora.{name}": value for name, value in lora.tensors().items()}
+    for number, moments in optimiser.state_dict()["state"].items():
+        tensors |= {f"adam.{number}.{name}": moments[name] for name in _MOMENTS}
+    return tensors
+
+
+def put_back(tensors: dict[str, Tensor], lora: Lora, optimiser: torch.optim.Optimizer) -> None:
+    """Give both what `state_of` gave once."""
+    lora.put(_under("lora.", tensors))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in _under("adam.", tensors).items():
+        number, _, what = name.partition(".")
+        moments.setdefault(int(number), {})[what] = value
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -121,9 +121,7 @@ class Run:
     def fit(self, lora: Lora, part: Checkpoint) -> None:
         """All epochs, each followed by a checkpoint. `good` is then the adapter and the whole log."""
         cfg, shuffle = self.cfg, self.generator("batches")
-        optimiser = torch.optim.AdamW(
-            lora.parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True
-        )
+        optimiser = adamw(lora, cfg)
         watch = console.watch("healing", COLUMNS, self.total)
         with fused(self.loaded), self.below.standing_in(cfg.checkpointing), watch as view:
             rows = part.restore(self, lora, optimiser, shuffle)
@@ -169,6 +167,15 @@ class Run:
 
     def _update(self, lora: Lora, optimiser: torch.optim.Optimizer, group: list[list[Example]], seen: Epoch) -> None:
         """One step of the optimiser over a group of micro-batches."""
+        self.gradient(lora, group, seen)
+        for parameters in optimiser.param_groups:
+            parameters["lr"] = self.cfg.lr * schedule(self.step, self.total, self.cfg.warmup)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def gradient(self, lora: Lora, group: list[list[Example]], seen: Epoch) -> None:
+        """Leave the gradient over a group of micro-batches, clipped, at the factors."""
         cfg, n = self.cfg, sum(map(len, group))
         for batch in (part for whole in group for part in alike(whole)):
             for chosen, part in self._batched(batch, partial(self._gradients, lora, seen), "training on"):
@@ -187,11 +194,6 @@ class Run:
         norm = torch.nn.utils.clip_grad_norm_(lora.parameters, cfg.max_grad_norm or math.inf)
         self._finite(norm)
         seen.grad.append(float(norm))
-        for parameters in optimiser.param_groups:
-            parameters["lr"] = cfg.lr * schedule(self.step, self.total, cfg.warmup)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        self.step += 1
 
     def _gradients(self, lora: Lora, seen: Epoch, batch: Sequence[Example]) -> Part:
         """The mean loss over a batch, and its gradient, which stays apart: a batch that does not fit is begun again."""
@@ -239,6 +241,11 @@ class Run:
             per_row += [float(one.mean()) for one in nll.split([len(one.completion) for one in chosen])]
             kls.append(kl.cpu())
         return mean(per_row), torch.cat(kls) if kls else None
+
+
+def adamw(lora: Lora, cfg: TrainConfig) -> torch.optim.AdamW:
+    """The optimiser of an adapter."""
+    return torch.optim.AdamW(lora.parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
 
 
 def schedule(step: int, total: int, warmup: float) -> float:
