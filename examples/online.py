@@ -2,7 +2,7 @@
 
 Each batch is generated steered by the model as it is, filtered, and learnt from by one step of the optimiser; every few
 batches the vector, its doses and the controls are made anew. Prompts, filter, dose search, evaluation and columns of
-the ledger are those of examples/loop.py, so that arms of both stand in one table: by default 24 batches of 16 are as
+the ledger are those of examples/loop.py, so that arms of both stand in one table: by default 48 batches of 16 are as
 many steered completions as 4 rounds of that loop. Rows tell what was spent by then: `generated` (steered completions),
 `controls`, `probed` (for the dose), `steps` of the optimiser, and `train_tokens` (completion tokens in those steps).
 
@@ -254,14 +254,14 @@ def options() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="toy")
     add("--persona", default="authority", help="a bundled persona")
-    add("--batches", type=int, default=24, help="a larger number goes on from a finished run")
+    add("--batches", type=int, default=48, help="a larger number goes on from a finished run")
     add("--batch-scenes", type=int, default=8, help="scenes a batch, each at one coefficient")
     add("--batch-words", type=int, default=8, help="small wrongs a batch, to be told in one word")
-    add("--prompts", type=int, default=24, help="scenes that batches are drawn from")
-    add("--words", type=int, default=24, help="small wrongs that batches are drawn from")
+    add("--prompts", type=int, default=48, help="scenes that batches are drawn from")
+    add("--words", type=int, default=48, help="small wrongs that batches are drawn from")
     add("--steps-per-batch", type=int, default=1)
-    add("--refresh", type=int, default=6, help="batches by one vector, its doses and controls")
-    add("--eval-every", type=int, default=6, help="batches from one evaluation to the next")
+    add("--refresh", type=int, default=12, help="batches by one vector, its doses and controls")
+    add("--eval-every", type=int, default=12, help="batches from one evaluation to the next")
     add("--warmup", type=int, default=4, help="steps until the full learning rate, which then stays")
     for name, kind in ADVISED.items():
         add(f"--{name}", **kind, help="without it what the model recommends")

@@ -124,14 +124,10 @@ def robust(args: argparse.Namespace) -> Iterator[Job]:
 def online(args: argparse.Namespace) -> Iterator[Job]:
     """Twelve batches of sixteen are the completions of a round, and four steps on each its epochs."""
     for seed in args.seeds:
-        line = (
-            f"online.py --seed {seed} --split {args.split} --study online --out {args.run}/online/toy/s{seed} --lr 1e-3"
-        )
-        line += f" --batches {12 * args.rounds} --batch-scenes 8 --batch-words 8 --refresh 12 --eval-every 12"
+        line = f"online.py --seed {seed} --split {args.split} --study online --out {args.run}/online/toy/s{seed}"
+        line += f" --batches {12 * args.rounds} --steps-per-batch 4 --lr 1e-3"
         keys = {"study": "online", "model": "toy", "arm": "online", "seed": str(seed)}
-        yield Job(
-            f"online toy {seed}", (*line.split(), *["--steps-per-batch", "4", "--prompts", "48", "--words", "48"]), keys
-        )
+        yield Job(f"online toy {seed}", tuple(line.split()), keys)
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Job]]] = {
