@@ -24,6 +24,7 @@ from shl.core.metrics import finite
 from shl.plot import style
 
 MORE, BROKEN, TELLS = 0.02, 0.25, 0.9
+BELOW = ("distilled", "placebo")  # whose names would lie on their neighbours'
 Rows = list[results.Row]
 By = dict[str, dict[int | None, dict[str, results.Row]]]  # arm -> round -> seed -> row
 
@@ -143,11 +144,12 @@ def table(study: Study, against: Sequence[str]) -> str:
 # --- the figure ---
 
 
-def draw(axes: Any, study: Study, controls: Study | None, title: str) -> list[str]:
-    """One panel; the names of the arms in the order of their colours."""
+def draw(axes: Any, study: Study, controls: Study | None, arms: Sequence[str], title: str) -> None:
+    """One panel; the place of an arm among `arms` is its colour."""
     floor = 1 / 256  # half an answer of 128
-    arms = study.arms()
     for index, arm in enumerate(arms):
+        if arm not in study.points:
+            continue
         path = [mean(turns.values()) for turns in study.points[arm].values()]
         look = style.look(index)
         xs, ys = [one.shift for one in path], [max(floor, one.broken) for one in path]
@@ -175,7 +177,6 @@ def draw(axes: Any, study: Study, controls: Study | None, title: str) -> list[st
     axes.margins(x=0.08)
     axes.set_title(title, loc="left", fontsize=10)
     axes.grid(alpha=0.25)
-    return arms
 
 
 def draw_controls(axes: Any, controls: Study, floor: float) -> None:
@@ -186,18 +187,22 @@ def draw_controls(axes: Any, controls: Study, floor: float) -> None:
         axes.plot(*spot, marker, color=colour, markersize=size, zorder=2)
         return spot
 
-    doses = []
+    def told(spot: tuple[float, float], name: str, lift: int = 2) -> None:
+        axes.annotate(name, spot, (7, lift), textcoords="offset points", fontsize=8, color="#555555")
+
+    doses: list[tuple[float, float]] = []
     for arm, turns in controls.points.items():
         for turn, seeds in turns.items():
             if arm == "random":
-                for one in seeds.values():
-                    put(one, ".", "#bbbbbb", 5)
+                cloud = [put(one, ".", "#bbbbbb", 5) for one in seeds.values()]
+                told(max(cloud, key=lambda spot: spot[1]), "random vectors")
             elif arm.startswith("raw"):
                 doses.append(put(mean(seeds.values()), "x", "#888888", 5))
             elif turn is not None:
-                spot = put(mean(seeds.values()), "h", "#7a4fa3", 7)
-                axes.annotate(arm, spot, (6, 2), textcoords="offset points", fontsize=8)
-    axes.plot(*zip(*sorted(doses), strict=True), color="#888888", linewidth=1, zorder=1)
+                told(put(mean(seeds.values()), "h", "#7a4fa3", 7), arm, -9 if arm in BELOW else 2)
+    if doses:
+        axes.plot(*zip(*sorted(doses), strict=True), color="#888888", linewidth=1, zorder=1)
+        told(sorted(doses, key=lambda spot: spot[1])[-2:][0], "raw vector")
 
 
 def main() -> None:
@@ -209,6 +214,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=["toy"])
     parser.add_argument("--trait", nargs="+", default=["auth_nats", "enact_authority"])
     parser.add_argument("--against", nargs="+", default=["plain", "plain@0.5"], help="arms to take differences to")
+    parser.add_argument("--arms", nargs="+", default=["healed", "plain", "plain@0.5"], help="arms to draw")
     parser.add_argument("-o", "--out", type=Path)
     parser.add_argument("--force", action="store_true", help="replace the figure")
     args = parser.parse_args()
@@ -220,15 +226,14 @@ def main() -> None:
         return
     figure = style.new_figure(5.6 * len(args.trait), 0.6 + 4.2 * len(args.model))
     grid = figure.add_gridspec(len(args.model), len(args.trait))
-    names: list[str] = []
     for at, (model, trait, study) in enumerate(panels):
         known = any(row.get("study") == args.controls and row["model"] == model for row in rows)
         controls = Study(rows, args.controls, model, trait) if known else None
         axes = figure.add_subplot(grid[at // len(args.trait), at % len(args.trait)])
-        names = draw(axes, study, controls, f"{model}: {trait}")
+        draw(axes, study, controls, args.arms, f"{model}: {trait}")
         axes.set_xlabel(f"shift of {trait} towards the prompt")
         axes.set_ylabel("broken free answers")
-    style.legend(figure, names)
+    style.legend(figure, args.arms)
     style.save(figure, args.out, args.force)
 
 
