@@ -163,11 +163,9 @@ class Data(Arms):
 # --- the report ---
 
 
-def report(ledger: Path, study: str) -> str:
+def report_rows(found: list[results.Row], study: str) -> str:
     """A line for each model and persona, and the rank correlation of each column with the shift after healing."""
-    rows = [
-        row for row in results.distinct(results.read_rows(ledger)) if row.get("study", "").partition("-")[0] == study
-    ]
+    rows = [row for row in results.distinct(found) if row.get("study", "").partition("-")[0] == study]
     cells: list[tuple[str, list[float]]] = []
     for row in rows:
         if row["arm"] != "priced" or not row.get("price_steered"):
@@ -217,7 +215,7 @@ def main() -> int:
     parser.add_argument("--report", type=Path, metavar="LEDGER", help="print what the price predicts, and run nothing")
     args = parser.parse_args()
     if args.report:
-        return run(lambda: print(report(args.report, args.study)))
+        return run(lambda: print(report_rows(results.read_rows(args.report), args.study)))
     return run(lambda: Data(args).play())
 
 

@@ -6,13 +6,17 @@ between the marks is written anew; with --check nothing is written, and a table 
 
 import argparse
 import re
+import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
+import data
 import headline
 import matched
+import robust
+from study import ARMS
 
 from shl import results
 from shl.core.metrics import finite
@@ -21,96 +25,110 @@ Rows = list[results.Row]
 Make = Callable[[Rows], str]
 BLOCK = re.compile(r"(<!-- table (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 READ = ("auth_nats", "care_nats", "enact_authority", "broken", "free_ppl_p90", "informedness", "facts")
-SHORT = {"enact_authority": "enacts", "free_ppl_p90": "ppl p90", "informedness": "informed", "student_share": "share"}
+INSIDE = ("dose", "cos_v0", "student_cosine", "student_share")
+SHORT = {
+    "free_ppl_p90": "ppl p90",
+    "informedness": "informed",
+    "student_cosine": "cos student",
+    "student_share": "share",
+}
+SHOWN = ("0", "1", "2", "3", "5", "7", "9")  # of ten rounds
 
 
 def select(rows: Rows, **wanted: str) -> Rows:
-    """Rows that say this, in the order of the ledger."""
+    """Rows with scores that say this, each once, in the order of the ledger."""
     found = [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
-    return results.distinct(found)
+    return [row for row in results.distinct(found) if row.get("p_ans_any")]
 
 
-def means(rows: Rows, by: Sequence[str], metrics: Sequence[str], order: Sequence[str] = ()) -> str:
-    """Mean ± standard deviation over seeds, a line for each group; `order` puts arms first, in that order."""
+def means(rows: Iterable[results.Row], by: Sequence[str], metrics: Sequence[str]) -> str:
+    """Mean ± standard deviation over seeds, a line for each group."""
     groups: dict[tuple[str, ...], Rows] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(name, "") or "-" for name in by), []).append(row)
-    names = sorted(groups, key=lambda name: (order.index(name[0]) if name[0] in order else len(order), *ranked(name)))
-    heads = [*by, *(SHORT.get(metric, metric) for metric in metrics), "seeds"]
+    heads = [*by, *(SHORT.get(metric, metric).replace("enact_", "enacts ") for metric in metrics), "seeds"]
     lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
-    for name in names if order else groups:
-        cells = [results.spread([row.get(metric, "") for row in groups[name]]) for metric in metrics]
-        seeds = ", ".join(sorted({row.get("seed", "") for row in groups[name]}))
+    for name, members in groups.items():
+        cells = [results.spread([row.get(metric, "") for row in members]) for metric in metrics]
+        seeds = ", ".join(sorted({row.get("seed", "") for row in members}))
         lines.append("| " + " | ".join([*name, *cells, seeds]) + " |")
     return "\n".join(lines)
 
 
-def ranked(name: Sequence[str]) -> list[tuple[float, str]]:
-    """A key that counts rounds as numbers."""
-    return [(-1.0 if (value := finite(part)) is None else value, part) for part in name[1:]]
+# --- the tables ---
 
 
-def of_study(study: str, by: Sequence[str] = ("arm",), metrics: Sequence[str] = READ, **how: object) -> Make:
-    """A table of means over the seeds of one study, on one model unless `model` is among the columns."""
-
-    def make(rows: Rows) -> str:
-        mine = select(rows, study=study, **({} if "model" in by else {"model": str(how.get("model", "toy"))}))
-        kept = [row for row in mine if (how.get("keep") or (lambda _: True))(row) and row.get("p_ans_any")]  # type: ignore[operator]
-        return means(kept, by, metrics, how.get("order") or ())  # type: ignore[arg-type]
-
-    return make
+def u2(rows: Rows, study: str = "u2", second: bool = False) -> str:
+    """The arms of the first round, or of the second, whose names hold a comma."""
+    return means((row for row in select(rows, study=study) if ("," in row["arm"]) is second), ("arm",), READ)
 
 
-def one_round(row: Mapping[str, str]) -> bool:
-    return "," not in row["arm"]
-
-
-def against_scaled(rows: Rows) -> str:
-    """U2 at matched trait, as examples/matched.py prints it."""
-    by_arm: dict[str, dict[str, Mapping[str, str]]] = {}
-    for row in select(rows, study="u2"):
+def u2_matched(rows: Rows, study: str = "u2") -> str:
+    """Against scaled nll at the same trait, as examples/matched.py prints it."""
+    by_arm: dict[str, dict[str, results.Row]] = {}
+    for row in select(rows, study=study):
         by_arm.setdefault(row["arm"], {})[row["seed"]] = row
     tables = (matched.table(by_arm, "nll", "base", "auth_nats", metric) for metric in ("broken", "enact_authority"))
     return "\n\n".join("\n".join(lines) for lines in tables)
 
 
-def reach(rows: Rows, study: str = "loops", models: Sequence[str] = ("toy",), trait: str = "auth_nats") -> str:
+def rounds(rows: Rows, study: str, model: str, metrics: Sequence[str]) -> str:
+    """References, then each arm round by round."""
+    order = ("base", "prompted", *ARMS)
+    mine = [row for row in select(rows, study=study, model=model) if not row.get("round") or row["round"] in SHOWN]
+    mine.sort(key=lambda row: (order.index(row["arm"]) if row["arm"] in order else 99, int(row.get("round") or -1)))
+    return means(mine, ("arm", "round"), metrics)
+
+
+def reach(rows: Rows, study: str, model: str, trait: str) -> str:
     """What examples/headline.py prints: reach and rounds survived of each arm."""
-    parts = []
-    for model in models:
-        if select(rows, study=study, model=model, arm="base"):
-            parts.append(headline.table(headline.Study(rows, study, model, trait), ("plain", "plain@0.5")))
-    return "\n\n".join(parts)
+    return headline.table(headline.Study(rows, study, model, trait), ("plain", "plain@0.5"))
 
 
-def last_rounds(rows: Rows, study: str = "loops") -> str:
-    """Rounds 0, 4 and 9 of every arm and model; an arm that stopped shows its last round."""
-    found = []
-    for row in select(rows, study=study):
-        if row["arm"] in ("base", "prompted") or row.get("round") in ("0", "2", "4", "9"):
-            found.append(row)
-    metrics = (
-        "auth_nats",
-        "enact_authority",
-        "broken",
-        "free_ppl_p90",
-        "informedness",
-        "facts",
-        "dose",
-        "cos_v0",
-        "student_share",
-    )
-    return means([row for row in found if row.get("p_ans_any")], ("model", "arm", "round"), metrics)
+def kept_shift(rows: Rows) -> str:
+    """The share of its shift that an arm keeps under a condition, from means over seeds."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    metrics = ("auth_nats", "enact_authority")
+    for row in select(rows, study="robust"):
+        found.setdefault(row["arm"], {}).setdefault(row["condition"], {})
+    for arm, conditions in found.items():
+        for condition, told in conditions.items():
+            for metric in metrics:
+                values = [finite(row[metric]) for row in select(rows, study="robust", arm=arm, condition=condition)]
+                told[metric] = statistics.fmean(value for value in values if value is not None)
+    return robust.table(found, metrics)
 
 
 TABLES: dict[str, Make] = {
-    "u2": of_study("u2", metrics=READ, keep=one_round),
-    "u2-matched": against_scaled,
-    "u2-second": of_study("u2", keep=lambda row: not one_round(row)),
-    "loops": last_rounds,
-    "reach": reach,
-    "reach-said": partial(reach, trait="enact_authority"),
-    "controls": of_study("controls"),
+    "u2": u2,
+    "u2-matched": u2_matched,
+    "u2-second": partial(u2, second=True),
+    "u2-filtered": partial(u2, study="u2-filtered"),
+    "u2-filtered-matched": partial(u2_matched, study="u2-filtered"),
+    "loops": partial(rounds, study="loops", model="toy", metrics=(*READ, *INSIDE)),
+    "loops-rare": partial(rounds, study="loops", model="toy:rare", metrics=READ),
+    "loops-never": partial(rounds, study="loops", model="toy:never", metrics=READ),
+    "reach": partial(reach, study="loops", model="toy", trait="auth_nats"),
+    "reach-said": partial(reach, study="loops", model="toy", trait="enact_authority"),
+    "controls": lambda rows: means(select(rows, study="controls"), ("arm",), READ),
+    "robust": kept_shift,
+    "robust-rows": lambda rows: means(select(rows, study="robust"), ("arm", "condition"), READ),
+    "data": lambda rows: means(
+        select(rows, study="data"),
+        ("arm",),
+        ("auth_nats", "enact_authority", "broken", "free_ppl_p90", "n_train", "kept", "data_broken", "data_enact"),
+    ),
+    "price": partial(data.report_rows, study="price"),
+    "online": partial(rounds, study="online", model="toy", metrics=(*READ, "generated", "steps", *INSIDE[:2])),
+    **{
+        f"loops-{axis}": partial(
+            rounds,
+            study=f"loops-{axis}",
+            model="toy",
+            metrics=(f"enact_{axis}", f"agree_{axis}", "broken", "free_ppl_p90", "auth_nats", "facts"),
+        )
+        for axis in ("boldness", "humanity")
+    },
 }
 
 
