@@ -163,7 +163,9 @@ class Loop:
             self.write(folder / "completions.jsonl", said)
             tally = shl.Tally()
             judged = self.judge(said, tally)
-            kept = [record for record in judged if record["keep"] or (not filtered and record["coeff"] != 0)]
+            if not filtered:  # training leaves out what is marked as dropped
+                judged = [{**record, "keep": record["coeff"] != 0} for record in judged]
+            kept = [record for record in judged if record["keep"]]
             self.write(folder / "keep.jsonl", kept)
             self.write(folder / "rejects.jsonl", [record for record in judged if not record["keep"]])
             console.note(f"{arm} r{number}: kept {len(kept)} of {sum(r['coeff'] != 0 for r in said)}")
