@@ -46,7 +46,7 @@ Record = dict[str, Any]
 ADVISED = {"reg": {"choices": REGS}, "agg": {"choices": AGGS}, **{key: {"type": float} for key in ("lam", "tau", "lr")}}
 FREE = ("arms", "arm", "batches", "free", "split", "out", "ledger", "study")  # options that may change when it goes on
 SPENT = ("batch", "round", "generated", "controls", "probed", "steps", "train_tokens")  # round: evaluations begun
-# nothing is held out, and what epochs and reference are to a round is settled here
+# a batch is all data and its own epoch, nothing is held out, the reference is base
 ONLINE = {"epochs": 1, "grad_accum": 1, "holdout": 0.0, "patience": 0, "on_policy": 0, "ref": "base"}
 
 
@@ -59,9 +59,8 @@ class Online(Loop):
         self.folder = self.run / args.arm
         self.loaded = shl.load(args.model)
         given = {name: getattr(args, name) for name in ADVISED if getattr(args, name) is not None}
-        self.cfg = shl.configure(
-            shl.TrainConfig, "train", self.loaded.ref.recommended, seed=args.seed, **ONLINE, **given
-        )
+        advice = self.loaded.ref.recommended
+        self.cfg = shl.configure(shl.TrainConfig, "train", advice, seed=args.seed, **ONLINE, **given)
         modules = target_modules(self.loaded, self.cfg.layers, self.cfg.targets)
         self.config = adapter_config(self.loaded, modules, self.cfg)
         start = torch.Generator().manual_seed(seed_of(args.seed, "heal", "start"))  # as shl train starts
@@ -71,7 +70,7 @@ class Online(Loop):
         self.begin()
 
     def begin(self) -> None:
-        """What is gathered until the next evaluation."""
+        """Gather anew, until the next evaluation."""
         self.kept, self.rejects, self.log, self.tally = [], [], [], shl.Tally()
 
     def batch(self) -> None:
@@ -103,8 +102,7 @@ class Online(Loop):
 
     def chosen(self, number: int) -> list[Any]:
         """The next prompts of each kind; every pass over them is in an order of its own."""
-        words = [prompt for prompt in self.prompts if prompt.id.startswith("words-")]
-        scenes = [prompt for prompt in self.prompts if prompt not in words]
+        scenes, words = ([p for p in self.prompts if p.id.startswith("words-") == one] for one in (False, True))
         found = []
         for kind, size in ((scenes, self.args.batch_scenes), (words, self.args.batch_words)):
             turn, at = divmod(number, max(1, len(kind) // max(1, size)))
@@ -151,8 +149,8 @@ class Online(Loop):
         rechain(self.loaded, [])
         examples = encode(self.loaded, select(kept, self.cfg), self.cfg)
         run = Run(self.loaded, self.cfg, examples, [], self.lora.modules)
-        model = injected(self.loaded, self.config, torch.Generator())
-        with model as lora, fused(self.loaded), run.below.standing_in(self.cfg.checkpointing):
+        inside = injected(self.loaded, self.config, torch.Generator())
+        with inside as lora, fused(self.loaded), run.below.standing_in(self.cfg.checkpointing):
             for _ in range(self.args.steps_per_batch):
                 lora.put(self.lora.tensors())
                 seen = Epoch()
@@ -166,8 +164,8 @@ class Online(Loop):
     def step(self, lora: Any) -> None:
         """One step by the gradient of the factors in the model: linear warm-up, then a constant rate."""
         self.spent["steps"] += 1
-        for own, inside in zip(self.lora.parameters, lora.parameters, strict=True):
-            own.grad, inside.grad = inside.grad, None
+        for own, other in zip(self.lora.parameters, lora.parameters, strict=True):
+            own.grad, other.grad = other.grad, None
         for group in self.optimiser.param_groups:
             group["lr"] = self.cfg.lr * min(1.0, self.spent["steps"] / max(1, self.args.warmup))
         self.optimiser.step()
@@ -185,17 +183,16 @@ class Online(Loop):
         folder = self.folder / f"r{self.spent['round']}"
         self.write(folder / "keep.jsonl", self.kept)
         self.write(folder / "rejects.jsonl", self.rejects)
-        first = self.vectors(self.kept[0]["batch"]) / "v.safetensors"
-        shl.Vector.load(first).save(folder / "v.safetensors", force=True)
+        begun = self.vectors(self.kept[0]["batch"])
+        shl.Vector.load(begun / "v.safetensors").save(folder / "v.safetensors", force=True)
         rechain(self.loaded, [])
         meta = adapter_meta(self.loaded, self.cfg, self.kept, folder / "adapter")
         self.spent["round"] += 1
         with atomic_dir(folder / "adapter", force=True) as made:
             write_adapter(made, self.lora.tensors(), self.config, meta | {"spent": self.spent})
             self.write(made / "log.jsonl", self.log)
-        facts = canonical({"settings": self.settings(), "spent": self.spent})
-        state = state_of(self.lora, self.optimiser)
-        save_safetensors(self.folder / "state.safetensors", state, {"shl": facts}, force=True)
+        facts = {"shl": canonical({"settings": self.settings(), "spent": self.spent})}
+        save_safetensors(self.folder / "state.safetensors", state_of(self.lora, self.optimiser), facts, force=True)
         self.score()
 
     def score(self) -> None:
@@ -217,13 +214,16 @@ class Online(Loop):
         return json.loads(canonical({**own, "model_digest": self.loaded.digest}))
 
     def restore(self) -> None:
-        """Go on from the last evaluation, if there was one."""
-        path = self.folder / "state.safetensors"
+        """Refuse other settings than those it was begun with; go on from the last evaluation, if there was one."""
+        first, path, here = self.folder / "settings.json", self.folder / "state.safetensors", self.settings()
+        state = json.loads(read_safetensors(path)[1]["shl"]) if path.exists() else {"settings": here}
+        if not first.exists():  # vectors may lie there before the first state does
+            self.write(first, [state["settings"]])
+        begun = json.loads(first.read_text(encoding="utf-8"))
+        if changed := sorted(name for name, value in here.items() if begun.get(name) != value):
+            raise shl.ShlError(f"another {', '.join(changed)} began {self.folder}", hint="choose another --out")
         if not path.exists():
             return
-        state, here = json.loads(read_safetensors(path)[1]["shl"]), self.settings()
-        if changed := sorted(name for name, value in here.items() if state["settings"].get(name) != value):
-            raise shl.ShlError(f"{path} was begun with another {', '.join(changed)}", hint="choose another --out")
         put_back(load_file(path), self.lora, self.optimiser)
         self.spent = state["spent"]
         console.note(f"{path}: going on after batch {self.spent['batch']}")

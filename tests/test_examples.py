@@ -297,6 +297,8 @@ class TestOnline:
         with pytest.raises(shl.ShlError, match="steps_per_batch"):
             begun("killed", f"{options} --steps-per-batch 2").play()
         begun("killed", f"{options} --coeff 9 --arm starved").play()
+        with pytest.raises(shl.ShlError, match="coeff"):  # no state yet, but a vector and its doses
+            begun("killed", f"{options} --arm starved").play()
         last = ledger(tmp_path / "killed/results.tsv")[-1]
         assert [last[name] for name in names[:4]] == ["starved", "0", "1", "3"] and "kept 0 of 3" in last["verdict"]
 
