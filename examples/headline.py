@@ -165,7 +165,7 @@ def draw(axes: Any, study: Study, controls: Study | None, arms: Sequence[str], t
         marker, size, _ = style.POINTS[name]
         axes.plot(one.shift, max(floor, one.broken), marker, color=style.GREY, markersize=size, zorder=5)
         spot = one.shift, max(floor, one.broken)
-        axes.annotate(name, spot, (0, 9), textcoords="offset points", fontsize=8, ha="center")
+        axes.annotate(name, spot, (-9, 5), textcoords="offset points", fontsize=8, ha="right")
     if controls is not None:
         draw_controls(axes, controls, floor)
     axes.axhline(base.broken + MORE, color=style.GREY, linestyle="--", linewidth=0.9)
