@@ -194,9 +194,10 @@ class Study:
             new = [row for row in results.read_rows(rows) if tuple(row.get(name, "") for name in SAME) not in known]
             for row in new:
                 results.append_row(self.args.ledger, {name: number(text) for name, text in row.items()})
-            if self.args.commit:
-                message = f"Rows: {job.name}"
-                subprocess.run(["git", "commit", "-qm", message, "--", self.args.ledger], check=True)
+            if self.args.commit and new:
+                where = Path(self.args.ledger).resolve()
+                for step in (("add",), ("commit", "-qm", f"Rows: {job.name}")):
+                    subprocess.run(["git", "-C", str(where.parent), *step, "--", where.name], check=True)
         note(f"{job.name}: {len(new)} rows")
 
     def play(self) -> int:

@@ -1,5 +1,6 @@
 """The study: a job whose rows are in the ledger is not run again, rows go over as they stand, figures and tables."""
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -89,6 +90,26 @@ def test_a_job_is_run_once_and_its_rows_are_taken_over(small, tmp_path):
     again = run("study.py", *options, *args, cwd=tmp_path)
     assert again.returncode == 0 and "0 of 2 jobs" in again.stderr
     assert results.read_rows(tmp_path / "all.tsv") == rows
+
+
+def test_rows_are_committed_as_they_come(ledger, tmp_path, monkeypatch):
+    """A commit for each job that has new rows, of the ledger alone."""
+    for name in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{name}_NAME", "a")
+        monkeypatch.setenv(f"GIT_{name}_EMAIL", "a@example.org")
+    repo = tmp_path / "repo"
+    repo.mkdir()
+    subprocess.run(["git", "init", "-q", str(repo)], check=True)
+    (repo / "other").write_text("x")
+    args = argparse.Namespace(parts=[], ledger=str(repo / "results.tsv"), commit=True)
+    job = study.Job("loops toy 100 plain", (), {})
+    for _ in range(2):
+        study.Study(args).take(job, ledger)
+    said = subprocess.run(
+        ["git", "-C", str(repo), "log", "--format=%s", "--stat"], text=True, capture_output=True
+    ).stdout
+    assert said.count("Rows: loops toy 100 plain") == 1 and "results.tsv" in said and "other" not in said
+    assert results.read_rows(repo / "results.tsv") == results.read_rows(ledger)
 
 
 def test_one_round_scripts_leave_their_rows_once(small, tmp_path):
