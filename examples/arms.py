@@ -6,6 +6,7 @@ adds a row to the ledger. What is finished is read back, not run again.
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -15,6 +16,7 @@ from typing import Any
 import shl
 from shl.core.console import note, warn
 from shl.core.files import atomic_file
+from shl.core.provenance import argv, commit
 
 Record = dict[str, Any]
 LEAST = 8  # completions that an arm needs
@@ -73,7 +75,7 @@ class Arms:
             return
         records = made()
         told = {"n_train": len(records), **labels(records)}
-        if len(records) < LEAST and not adapter.exists():
+        if len(records) < LEAST:
             self.stopped(name, f"{len(records)} completions to learn from", told)
             return
         if not adapter.exists():
@@ -85,10 +87,16 @@ class Arms:
     def stopped(self, name: str, why: str, labels: Record) -> None:
         """A row without scores, once: that there was nothing to learn from is a result."""
         warn(f"{name}: {why}")
-        row = {"model": self.args.model, "model_digest": self.base["model_digest"], "verdict": f"stopped: {why}"}
+        row = stopped_row(self.args.model, self.base["model_digest"], why)
         shl.append_row(self.args.ledger, self.labels(name, {**row, **labels}))
         (self.out / name).mkdir(parents=True, exist_ok=True)
         (self.out / name / "stopped").write_text(f"{why}\n", encoding="utf-8")
+
+
+def stopped_row(model: str, digest: str, why: str) -> Record:
+    """What the row of an arm without scores says beside its labels."""
+    line = {"argv": shlex.join(argv()), "commit": commit()}
+    return {"model": model, "model_digest": digest, "verdict": f"stopped: {why}", **line}
 
 
 def options(doc: str | None, study: str | None = None) -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 from arms import Arms, Record, options, run, tokens
 
@@ -50,6 +50,11 @@ class Controls(Arms):
         best = sorted(zip(self.leaning(kept), kept, strict=True), key=lambda pair: -pair[0])
         return iter([record for _, record in best])
 
+    @cached_property
+    def steered(self) -> list[Record]:
+        """What the vector says, which also tells how much the other sources may."""
+        return list(self.said("steered"))
+
     def leaning(self, records: list[Record]) -> list[float]:
         """ln p under the persona - ln p under its opposite, a token: base's own word for each completion's trait."""
         answers = [self.loaded.encode_completion(r["completion"][0]["content"], end=False) for r in records]
@@ -64,14 +69,15 @@ class Controls(Arms):
         path = self.out / "steered" / "tokens"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(str(tokens(self.said("steered"))))
+            path.write_text(str(tokens(self.steered)))
         return int(path.read_text())
 
     def cut(self, source: str) -> list[Record]:
         """Completions of a source until there are as many tokens as steering gives."""
         used: list[Record] = []
-        for record in self.said(source):
-            if tokens(used) >= self.most():
+        most = self.most()
+        for record in self.steered if source == "steered" else self.said(source):
+            if tokens(used) >= most:
                 break
             used.append(record)
         note(f"{source}: {len(used)} completions, {tokens(used)} tokens")
@@ -99,7 +105,8 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--random", type=int, default=20)
     parser.add_argument("--arms", nargs="+", default=list(SOURCES), choices=SOURCES)
-    return run(Controls(parser.parse_args()).play)
+    args = parser.parse_args()
+    return run(lambda: Controls(args).play())
 
 
 if __name__ == "__main__":

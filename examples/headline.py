@@ -10,13 +10,12 @@ there are any. A shift is a difference to the base row of the same seed, a point
 """
 
 import argparse
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matched import T
+from matched import half
 from study import ARMS as ORDER
 
 from shl import results
@@ -118,8 +117,7 @@ def told(values: Sequence[float]) -> str:
     """Mean and 95% interval over seeds."""
     if len(values) < 2:
         return "".join(f"{value:+.2f}" for value in values) or "-"
-    half = T.get(len(values) - 1, 1.96) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.fmean(values):+.2f} ± {half:.2f}"
+    return f"{statistics.fmean(values):+.2f} ± {half(values):.2f}"
 
 
 def table(study: Study, against: Sequence[str]) -> str:

@@ -12,13 +12,13 @@ processes may run arms of one folder side by side.
 import argparse
 import dataclasses
 import json
-import shlex
 import sys
 import time
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from arms import run, stopped_row
 from filelock import FileLock
 
 import shl
@@ -26,7 +26,6 @@ from shl.controls import cosine, internalisation
 from shl.core import console
 from shl.core.files import atomic_file
 from shl.core.locate import find
-from shl.core.provenance import argv, commit
 
 ARMS: dict[str, dict[str, Any]] = {
     "healed": {"reg": "kl_rev", "agg": "rmse", "ref": "base"},
@@ -222,9 +221,8 @@ class Loop:
         """A row without scores, once: that an arm has starved is a result."""
         mark = self.run / arm / f"r{number}" / "stopped"
         if not mark.exists():
-            row = {"arm": arm, "round": number, "model": self.args.model, "model_digest": self.base["model_digest"]}
-            row |= {"verdict": f"stopped: {error}", "argv": shlex.join(argv()), "commit": commit()}
-            shl.append_row(self.args.ledger, self.labels(row))
+            row = stopped_row(self.args.model, self.base["model_digest"], str(error))
+            shl.append_row(self.args.ledger, self.labels({"arm": arm, "round": number, **row}))
             mark.write_text(f"{error}\n", encoding="utf-8")
 
     def table(self) -> None:
@@ -282,20 +280,19 @@ def options() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run the loop; exit code 1 with one sentence for a problem that the user can mend."""
-    started = time.monotonic()
-    loop = Loop(options())
-    try:
+    """Run the loop, then show it; exit code 1 with one sentence for a problem that the user can mend."""
+    args, started = options(), time.monotonic()
+
+    def play() -> None:
+        loop = Loop(args)
         loop.play()
-    except shl.ShlError as error:
-        console.say(f"shl: error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""))
-        return error.code
-    loop.table()
-    shl.trajectory(loop.run, loop.run / "trajectory.png", force=True)
-    shl.write_report(loop.run, loop.run / "report.html", force=True)
-    seconds = time.monotonic() - started
-    console.note(f"{loop.run}/report.html and trajectory.png, rows in {loop.args.ledger}, {seconds:.0f} s")
-    return 0
+        loop.table()
+        shl.trajectory(loop.run, loop.run / "trajectory.png", force=True)
+        shl.write_report(loop.run, loop.run / "report.html", force=True)
+        seconds = time.monotonic() - started
+        console.note(f"{loop.run}/report.html and trajectory.png, rows in {args.ledger}, {seconds:.0f} s")
+
+    return run(play)
 
 
 if __name__ == "__main__":

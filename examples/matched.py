@@ -9,7 +9,7 @@ lies beyond the curve. A straight line lies above a curve that bends upwards, so
 import argparse
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -35,14 +35,18 @@ def height(points: list[tuple[float, float]], x: float) -> float | None:
     return None
 
 
+def half(values: Sequence[float]) -> float:
+    """Half of the 95% interval of a mean over seeds (Student's t)."""
+    return T.get(len(values) - 1, 1.96) * statistics.stdev(values) / math.sqrt(len(values))
+
+
 def told(differences: list[float | None]) -> str:
     """Mean, interval and each difference."""
     found = [one for one in differences if one is not None]
     each = ", ".join("-" if one is None else f"{one:+.3f}" for one in differences)
     if len(found) < 2:
         return f"- | {each}"
-    half = T.get(len(found) - 1, 1.96) * statistics.stdev(found) / math.sqrt(len(found))
-    return f"{statistics.fmean(found):+.3f} ± {half:.3f} | {each}"
+    return f"{statistics.fmean(found):+.3f} ± {half(found):.3f} | {each}"
 
 
 def table(rows: Rows, scaled: str, start: str, trait: str, metric: str) -> list[str]:

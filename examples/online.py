@@ -20,6 +20,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from arms import run
 from filelock import FileLock
 from loop import Loop
 from safetensors.torch import load_file, save
@@ -284,16 +285,16 @@ def options() -> argparse.Namespace:
 
 def main() -> int:
     """Run it; exit code 1 with one sentence for a problem that the user can mend."""
-    try:
-        online = Online(options())
+    args = options()
+
+    def play() -> None:
+        online = Online(args)
         online.play()
         online.table()
         shl.trajectory(online.run, online.run / "trajectory.png", force=True)
         shl.write_report(online.run, online.run / "report.html", force=True)
-    except shl.ShlError as error:
-        console.say(f"shl: error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""))
-        return error.code
-    return 0
+
+    return run(play)
 
 
 if __name__ == "__main__":

@@ -39,12 +39,12 @@ SAME = ("study", "model", "arm", "seed", "round", "draw", "condition")  # two ro
 
 @dataclass(frozen=True)
 class Job:
-    """A command line, the rows that say that it is done, and the job that has to be done before."""
+    """A command line, the rows that say that it is done, and the jobs that have to end before."""
 
     name: str
     line: tuple[str, ...]
     rows: Mapping[str, str]
-    needs: str = ""
+    needs: tuple[str, ...] = ()
 
     def done(self, ledger: list[results.Row]) -> bool:
         return any(all(row.get(column) == value for column, value in self.rows.items()) for row in ledger)
@@ -57,7 +57,7 @@ def loop(args: argparse.Namespace, study: str, model: str, seed: int, arm: str, 
         f"loop.py --model {model} --rounds {args.rounds} --seed {seed} --split {args.split} --study {study} --out {run}"
     )
     arms = () if arm == "base" else (arm,)
-    needs = "" if arm == "base" else f"{study} {model} {seed} base"
+    needs = () if arm == "base" else (f"{study} {model} {seed} base",)
     keys = {"study": study, "model": model, "arm": arm, "seed": str(seed)}
     options = (*line.split(), "--out", run, *more, *shlex.split(args.loop), "--arms", *arms)
     return Job(f"{study} {model} {seed} {arm}", options, keys, needs)
@@ -77,13 +77,10 @@ def axes(args: argparse.Namespace) -> Iterator[Job]:
             yield from (loop(args, study, "toy", seed, arm, *more) for arm in ("base", *args.arms))
 
 
-def one_round(args: argparse.Namespace, part: str, last: str, more: str, model: str, seed: int) -> Job:
+def one_round(args: argparse.Namespace, script: str, name: str, last: str, more: str, model: str, seed: int) -> Job:
     """A job of a script for one-round comparisons; `last` is the arm that it ends with."""
-    study, _, persona = part.partition(":")
-    name = f"{study}-{persona}" if persona else study
     run = f"{args.run}/{name}/{model.replace(':', '-')}/s{seed}"
-    line = f"--model {model} --seed {seed} --split {args.split} --study {name} --free 128 --out {run} {more}"
-    line += f" --persona {persona}" if persona else ""
+    line = f"{script} --model {model} --seed {seed} --split {args.split} --study {name} --free 128 --out {run} {more}"
     keys = {"study": name, "model": model, "arm": last, "seed": str(seed)}
     return Job(f"{name} {model} {seed}", tuple(line.split()), keys)
 
@@ -93,22 +90,20 @@ def controls(args: argparse.Namespace) -> Iterator[Job]:
     for seed in args.seeds:
         for model in args.models:
             more = f"--raw 0.25 0.4 0.5 0.6 0.75 1 --random {0 if seed % 100 else 20}"
-            job = one_round(args, "controls", "placebo", more, model, seed)
-            yield replace(job, line=("controls.py", *job.line))
+            yield one_round(args, "controls.py", "controls", "placebo", more, model, seed)
 
 
 def data(args: argparse.Namespace) -> Iterator[Job]:
     for seed in args.seeds:
-        job = one_round(args, "data", "backtrack", "--parts size course", "toy", seed)
-        yield replace(job, line=("data.py", *job.line))
+        yield one_round(args, "data.py", "data", "backtrack", "--parts size course", "toy", seed)
 
 
 def price(args: argparse.Namespace) -> Iterator[Job]:
     for seed in args.seeds:
         for model in args.models:
             for persona in ("authority", "humanity", "boldness"):
-                job = one_round(args, f"price:{persona}", "priced", "--parts price", model, seed)
-                yield replace(job, line=("data.py", *job.line))
+                more = f"--parts price --persona {persona}"
+                yield one_round(args, "data.py", f"price-{persona}", "priced", more, model, seed)
 
 
 def robust(args: argparse.Namespace) -> Iterator[Job]:
@@ -117,8 +112,8 @@ def robust(args: argparse.Namespace) -> Iterator[Job]:
         run = f"{args.run}/loops/toy/s{seed}"
         arms = {"healed": f"healed/r{args.rounds - 1}/adapter", "plain@0.5": "plain@0.5/r2/adapter:0.5"}
         more = " ".join(f"--arm {arm}={run}/{where}" for arm, where in arms.items())
-        job = one_round(args, "robust", "plain@0.5", more, "toy", seed)
-        yield replace(job, line=("robust.py", *job.line))
+        job = one_round(args, "robust.py", "robust", "plain@0.5", more, "toy", seed)
+        yield replace(job, needs=tuple(f"loops toy {seed} {arm}" for arm in arms))
 
 
 def online(args: argparse.Namespace) -> Iterator[Job]:
@@ -155,7 +150,8 @@ class Study:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.lock = args, threading.Lock()
-        self.jobs = [job for part in args.parts for job in PARTS[part](args)]
+        # in the order of PARTS, so that nobody waits for a job that comes later
+        self.jobs = [job for part, jobs in PARTS.items() if part in args.parts for job in jobs(args)]
         self.ended = {job.name: threading.Event() for job in self.jobs}
         self.failed: list[str] = []
 
@@ -164,10 +160,11 @@ class Study:
         return results.read_rows(path) if path.exists() and path.stat().st_size else []
 
     def run(self, job: Job) -> None:
-        """A job that is not done, once the one that it needs has ended."""
+        """A job that is not done, once those that it needs have ended."""
         try:
-            if job.needs in self.ended:
-                self.ended[job.needs].wait()
+            for name in job.needs:
+                if name in self.ended:
+                    self.ended[name].wait()
             if job.done(self.ledger()):
                 return
             rows = Path(self.args.run) / "rows" / f"{job.name}.tsv"
