@@ -225,6 +225,12 @@ class Loop:
             shl.append_row(self.args.ledger, self.labels({"arm": arm, "round": number, **row}))
             mark.write_text(f"{error}\n", encoding="utf-8")
 
+    def show(self) -> None:
+        """The table, and the run folder as a figure and as a page."""
+        self.table()
+        shl.trajectory(self.run, self.run / "trajectory.png", force=True)
+        shl.write_report(self.run, self.run / "report.html", force=True)
+
     def table(self) -> None:
         """Base, prompted, and each arm round by round."""
         metrics = {name.format(axis=self.persona.axis): head for name, head in COLUMNS.items()}
@@ -286,9 +292,7 @@ def main() -> int:
     def play() -> None:
         loop = Loop(args)
         loop.play()
-        loop.table()
-        shl.trajectory(loop.run, loop.run / "trajectory.png", force=True)
-        shl.write_report(loop.run, loop.run / "report.html", force=True)
+        loop.show()
         seconds = time.monotonic() - started
         console.note(f"{loop.run}/report.html and trajectory.png, rows in {args.ledger}, {seconds:.0f} s")
 

@@ -290,9 +290,7 @@ def main() -> int:
     def play() -> None:
         online = Online(args)
         online.play()
-        online.table()
-        shl.trajectory(online.run, online.run / "trajectory.png", force=True)
-        shl.write_report(online.run, online.run / "report.html", force=True)
+        online.show()
 
     return run(play)
 
