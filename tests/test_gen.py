@@ -4,9 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from shl.core import running
+from shl import gen
+from shl.core import pools, running
+from shl.core.below import Below
 from shl.core.defaults import GenConfig, VectorConfig
 from shl.core.errors import Mismatch, ShlError
+from shl.core.models import load
 from shl.core.records import Prompt, check_record, dumps
 from shl.core.scores import score
 from shl.gen import count, generate
@@ -116,6 +119,44 @@ def test_scores_follow_from_the_record_alone(loaded, records):
     again = score(loaded, [r["prompt"] for r in records], [r["completion"][0]["content"] for r in records], 4)
     for record, scores in zip(records, again, strict=True):
         assert record["scores"] == pytest.approx(scores, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def steered():
+    """The embedded model, whose texts are the tokens that were sampled, and a vector of its own."""
+    toy, persona = load("toy"), pools.persona("authority")
+    return toy, extract(toy, persona.pos, persona.neg, cfg=VectorConfig(contexts=8))
+
+
+class TestStatesOfDecoding:
+    """Scoring begins with what decoding has computed below the steered block, where that is what base computes."""
+
+    @pytest.fixture
+    def begun(self, monkeypatch):
+        rows = []
+        monkeypatch.setattr(Below, "use", lambda self, keys, use=Below.use: (rows.extend(keys), use(self, keys))[1])
+        return rows
+
+    @pytest.mark.parametrize(
+        "change", [{}, {"batch_size": 4}, {"scope": "gen", "schedule": "linear"}, {"gate": "cosine"}]
+    )
+    @pytest.mark.parametrize("dosed", [True, False])
+    def test_changes_no_score(self, steered, begun, monkeypatch, change, dosed):
+        toy, v = steered
+        how = replace(CFG, max_new_tokens=40, **(change if dosed else {"coeffs": (0.0,)}))
+        found = list(generate(toy, PROMPTS, how, v if dosed else None))
+        assert len(begun) == sum(record["scores"]["n_tokens"] > 0 for record in found) > 0
+        begun.clear()
+        monkeypatch.setattr(gen, "_ROOM", 0)
+        for record, whole in zip(found, generate(toy, PROMPTS, how, v if dosed else None), strict=True):
+            assert record["scores"] == pytest.approx(whole["scores"], rel=1e-5)
+        assert not begun
+
+    def test_is_left_alone_where_it_is_of_something_else(self, steered, begun):
+        toy, v = steered
+        list(generate(toy, PROMPTS, replace(CFG, system=POS), v))  # scored without the persona
+        list(generate(toy, PROMPTS, replace(CFG, backtrack=True, coeffs=(0.5, 1.0)), v))
+        assert not begun and gen._passed(replace(toy, chain=[None]), [[1]], CFG, v) is None
 
 
 def test_scores_can_be_left_out(loaded):

@@ -11,6 +11,7 @@ from conftest import make_tokenizer
 from shl.bake import bake
 from shl.core import running
 from shl.core.batches import left_pad, positions_of
+from shl.core.below import Passed
 from shl.core.decode import Sampling, decode
 from shl.core.defaults import EvalConfig, GenConfig, TrainConfig, VectorConfig
 from shl.core.errors import ShlError
@@ -19,6 +20,7 @@ from shl.core.hooks import Capture, Steering
 from shl.core.lora import target_modules
 from shl.core.models import load
 from shl.core.records import Prompt
+from shl.core.scores import nll_per_token
 from shl.eval import evaluate
 from shl.gen import generate
 from shl.train import heal
@@ -106,6 +108,22 @@ def test_each_step_from_the_cache_is_a_whole_pass(tiny, monkeypatch, kind):
                     assert at[token] >= at.max() - 1e-4 * float(at.abs().max())
                 elif answer.finish == "stop":
                     assert int(at.argmax()) in ends
+
+
+@every
+def test_each_score_begins_above_what_steering_leaves_alone(tiny, kind):
+    """`gen`: scores that begin with the states that decoding had below the steered block are those of whole passes"""
+    loaded = tiny(kind)
+    layer = loaded.n_blocks // 2
+    passed, sampling = Passed(loaded, layer), Sampling(max_new_tokens=6)
+    with passed, Steering(loaded, {layer: direction(loaded)}) as steering:
+        coeffs = [0.0, 0.5, -2.0]
+        done = decode(loaded, IDS, seeds=[0] * 3, sampling=sampling, steering=steering, coeffs=coeffs, passed=passed)
+    answers = [answer.ids for answer in done]
+    assert all(passed.below.has(i, ids + answer) for i, (ids, answer) in enumerate(zip(IDS, answers, strict=True)))
+    found = nll_per_token(loaded, IDS, answers, below=passed.below)
+    for mine, whole in zip(found, nll_per_token(loaded, IDS, answers), strict=True):
+        torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-4)
 
 
 @every

@@ -8,6 +8,7 @@ from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
 
 from shl.core import ranks
+from shl.core.below import Passed
 from shl.core.chat import Messages, join_system, with_system
 from shl.core.console import Rate, progress
 from shl.core.decode import Completion, Sampling, decode
@@ -20,6 +21,8 @@ from shl.core.scores import score
 from shl.core.seeds import seed_of
 from shl.core.trajectory import course_of
 from shl.core.vectors import Vector
+
+_ROOM = 1 << 30  # bytes for the states of a block of records
 
 
 class Row(NamedTuple):
@@ -100,9 +103,15 @@ def generate(
     rate = Rate()
 
     def made(block: list[Row]) -> list[dict[str, Any]]:
-        done = _decode(loaded, block, cfg, vector, lambda _, said: bar.advance(**rate.count(said.n_tokens)))
+        encoded = {id(row.prompt): loaded.encode_prompt(row.asked(cfg.system)) for row in block}
+        asked = [encoded[id(row.prompt)] for row in block]
+        passed = _passed(loaded, asked, cfg, vector)
+        done = _decode(
+            loaded, block, asked, cfg, vector, passed, lambda _, said: bar.advance(**rate.count(said.n_tokens))
+        )
         texts = [completion.text for completion in done]
-        scores = score(loaded, [row.messages for row in block], texts, cfg.batch_size) if cfg.score else None
+        below = None if passed is None else passed.below
+        scores = score(loaded, [row.messages for row in block], texts, cfg.batch_size, below) if cfg.score else None
         return [_record(row, done[i], cfg, facts, scores[i] if scores else {}) for i, row in enumerate(block)]
 
     with progress("generating", max(0, total - skipped)) as bar:
@@ -136,14 +145,34 @@ def _coeffs(cfg: GenConfig, steered: bool) -> tuple[float, ...]:
     raise ShlError("coefficients were given without a steering vector", hint="add --vec v.safetensors")
 
 
-def _decode(loaded: Loaded, block: list[Row], cfg: GenConfig, vector: Vector | None, tick: Any) -> list[Completion]:
+def _passed(loaded: Loaded, asked: list[list[int]], cfg: GenConfig, vector: Vector | None) -> Passed | None:
+    """A place for the states below the steered blocks, which are base's states too: scoring need not compute them.
+
+    There is none for a model with a chain, whose states are not base's, nor for more than there should be room for, nor
+    where processes score rows that others have decoded.
+    """
+    size = sum(len(ids) + cfg.max_new_tokens for ids in asked) * loaded.hidden * loaded.dtype.itemsize
+    if not cfg.score or loaded.chain or size > _ROOM or ranks.sharing() > 1:
+        return None
+    return Passed(loaded, loaded.n_blocks - 1 if vector is None else min(vector.layers))
+
+
+def _decode(
+    loaded: Loaded,
+    block: list[Row],
+    asked: list[list[int]],
+    cfg: GenConfig,
+    vector: Vector | None,
+    passed: Passed | None,
+    tick: Callable[[int, Completion], None],
+) -> list[Completion]:
     """Sample one block of rows, whatever their coefficients."""
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.greedy)
-    encoded = {id(row.prompt): loaded.encode_prompt(row.asked(cfg.system)) for row in block}
-    with nullcontext() if vector is None else Steering(loaded, vector.layers, cfg.gate) as steering:
+    steered = nullcontext() if vector is None else Steering(loaded, vector.layers, cfg.gate)
+    with passed or nullcontext(), steered as steering:
         return decode(
             loaded,
-            [encoded[id(row.prompt)] for row in block],
+            asked,
             seeds=[row.seed(cfg) for row in block],
             sampling=sampling,
             steering=steering,
@@ -151,6 +180,7 @@ def _decode(loaded: Loaded, block: list[Row], cfg: GenConfig, vector: Vector | N
             course=course_of(cfg),
             batch_size=cfg.batch_size,
             on_finish=tick,
+            passed=passed,
         )
 
 

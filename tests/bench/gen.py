@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -79,6 +80,7 @@ def arms(loaded: Any, args: argparse.Namespace) -> dict[str, Callable[[], None]]
     """What each arm does once."""
     import torch
 
+    from shl.core.below import Passed
     from shl.core.decode import decode
     from shl.core.hooks import Steering
     from shl.core.sampling import Sampling
@@ -90,15 +92,16 @@ def arms(loaded: Any, args: argparse.Namespace) -> dict[str, Callable[[], None]]
     mixed = [DOSES[i % len(DOSES)] for i in range(args.rows)]
 
     def ours(coeffs: list[float] | None, scored: bool = False) -> None:
-        with Steering(loaded, vector) as steering:
+        passed = Passed(loaded, min(vector)) if scored else None  # as shl.gen does for a model without a chain
+        with passed or nullcontext(), Steering(loaded, vector) as steering:
             said = decode(
                 loaded, asked, seeds=list(range(args.rows)), sampling=sampling, batch_size=args.rows,
-                steering=steering if coeffs else None, coeffs=coeffs,
+                steering=steering if coeffs else None, coeffs=coeffs, passed=passed,
             )  # fmt: skip
             assert all(one.n_tokens == args.tokens for one in said)
             steering.fired = 1
-        if scored:
-            nll_per_token(loaded, asked, [one.ids for one in said], args.rows)
+        if passed:
+            nll_per_token(loaded, asked, [one.ids for one in said], args.rows, passed.below)
 
     def theirs(rows: list[list[int]], coeff: float | None = None) -> None:
         from shl.core.batches import left_pad

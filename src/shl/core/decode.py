@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 
 from shl.core import ranks
+from shl.core.below import Passed
 from shl.core.errors import ShlError
 from shl.core.graphs import decode_slots, suits
 from shl.core.hooks import Steering
@@ -50,6 +53,7 @@ def decode(
     forced: Sequence[list[int]] | None = None,
     batch_size: int = 64,
     on_finish: OnFinish | None = None,
+    passed: Passed | None = None,
 ) -> list[Completion]:
     """Sample one completion for each prompt, in the order of the prompts.
 
@@ -59,7 +63,8 @@ def decode(
 
     `forced` gives the tokens that an answer begins with; they are no part of max_new_tokens. An active `steering` takes
     the rows' coefficients from `coeffs`, which `course` spreads over the positions. Rows that can be rewound bring an
-    unsteered twin into the batch, beyond `batch_size`. `on_finish` is told of each row as it ends.
+    unsteered twin into the batch, beyond `batch_size`. `on_finish` is told of each row as it ends. `passed` gets the
+    states of every row below the steered blocks, under the row's number, where one process decodes a batch to its end.
     """
     course = course or Course()
     if steering is None and (coeffs is not None or not course.plain):
@@ -87,9 +92,11 @@ def decode(
             while waiting:
                 for track in batches(loaded, waiting, size, sampling, steering):
                     found[rows[track]] = track
+                    if passed is not None:
+                        passed.hand_over(id(track), rows[track], track.input)
                     ended(rows[track], track)
 
-        batches = decode_slots if suits(loaded, course) else _batch
+        batches: Any = decode_slots if suits(loaded, course) else partial(_batch, passed=passed)
         if share:
             fitted(loaded, lambda: min(batch_size, len(share) - len(found)), run, "decoding")
         return list(found.items())
@@ -104,17 +111,22 @@ def decode(
 
 
 def _batch(
-    loaded: Loaded, waiting: Waiting, size: int, sampling: Sampling, steering: Steering | None
+    loaded: Loaded,
+    waiting: Waiting,
+    size: int,
+    sampling: Sampling,
+    steering: Steering | None,
+    passed: Passed | None = None,
 ) -> Iterator[Track]:
     """Decode rows that wait, `size` at once, until all that have been begun are at their end; each track as it ends.
 
     While more wait they take the places of ended rows, where the batch is open to them.
     """
-    state = Running(loaded, *_take(waiting, size), sampling, steering)
+    state = Running(loaded, *_take(waiting, size), sampling, steering, passed)
     stop = sampling.ends(loaded.stop_ids)
     while True:
         tokens, steps = state.sample()
-        for track, token, step in zip(state.alive, tokens.tolist(), steps, strict=True):
+        for k, (track, token, step) in enumerate(zip(state.alive, tokens.tolist(), steps, strict=True)):
             if track.finish is not None:
                 continue
             if token in stop:
@@ -126,6 +138,7 @@ def _batch(
                 elif track.sampled == sampling.max_new_tokens:
                     track.finish = "length"
             if track.finish is not None:
+                state.leave(k)
                 yield track
         free = [k for k, track in enumerate(state.alive) if track.finish is not None]
         if len(free) == len(state.alive):

@@ -106,7 +106,7 @@ class Run:
 
     def _states(self, chosen: Sequence[Example]) -> tuple[Tensor, Tensor]:
         """Hidden states that predict the completion tokens, one after the other, and those tokens."""
-        self.below.use(chosen)
+        self.below.use([id(one) for one in chosen])
         return completion_states(self.loaded, [(one.prompt, one.completion) for one in chosen])
 
     def _tokens(self, chosen: Sequence[Example], divergence: bool) -> tuple[Tensor, Tensor]:

@@ -14,12 +14,12 @@ from shl.core.errors import ShlError
 from shl.core.models import Loaded
 
 
-def _hidden(output: Tensor | tuple) -> Tensor:
+def hidden_of(output: Tensor | tuple) -> Tensor:
     """The residual stream in what a block returns: a tensor, in older layouts the head of a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
-class _Hooks:
+class Hooks:
     """Forward hooks that are present inside a `with` and gone after it, whatever happens."""
 
     def __init__(self, loaded: Loaded, layers: Sequence[int]) -> None:
@@ -44,7 +44,7 @@ class _Hooks:
             self._handles.pop().remove()
 
 
-class Steering(_Hooks):
+class Steering(Hooks):
     """Adds coeff * v to the output of each chosen block: a coefficient for each row, or for each row and position.
 
     The coefficients sit in a tensor that stays while they change, so that nothing is registered anew. One
@@ -98,7 +98,7 @@ class Steering(_Hooks):
 
     def _make(self, layer: int) -> Callable[..., Any]:
         def add(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
-            hidden = _hidden(output)
+            hidden = hidden_of(output)
             rows, positions = self.coeff.shape[:2]
             if rows not in (1, len(hidden)):
                 raise ShlError(f"{rows} coefficients for a batch of {len(hidden)} rows")
@@ -143,7 +143,7 @@ class _Enough(Exception):
     """Everything asked for has been read; the rest of the forward pass is not needed."""
 
 
-class Capture(_Hooks):
+class Capture(Hooks):
     """Reads the output of chosen blocks: at the last position, which left padding keeps in place, or at all.
 
     With `early_exit` the pass ends after the last block needed, so that later blocks and the head never run.
@@ -172,7 +172,7 @@ class Capture(_Hooks):
 
     def _make(self, layer: int) -> Callable[..., Any]:
         def read(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-            hidden = _hidden(output).detach()
+            hidden = hidden_of(output).detach()
             self.outputs[layer] = (hidden[:, -1] if self.positions == "last" else hidden).clone()
             if self.early_exit and layer == self.layers[-1]:
                 raise _Enough

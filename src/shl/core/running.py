@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from shl.core.batches import left_pad, positions_of
+from shl.core.below import Passed
 from shl.core.cache import (
     DecodeMasks,
     check_replaceable,
@@ -42,7 +43,13 @@ class Running:
     """
 
     def __init__(
-        self, loaded: Loaded, tracks: list[Track], seeds: list[int], sampling: Sampling, steering: Steering | None
+        self,
+        loaded: Loaded,
+        tracks: list[Track],
+        seeds: list[int],
+        sampling: Sampling,
+        steering: Steering | None,
+        passed: Passed | None = None,
     ) -> None:
         self.loaded, self.sampling, self.steering = loaded, sampling, steering
         self.course = tracks[0].course
@@ -56,6 +63,10 @@ class Running:
         self.open = can and entering_pays(loaded.device)  # to rows that wait
         if self.twins:
             check_replaceable(self.cache)
+        whole = not self.twins and not self.open  # every pass
+        self.passed = passed if whole else None
+        if passed is not None:
+            passed.begin(whole)
         ids, mask = left_pad([tracks[k].input for k in self.rows], loaded.device)
         self.masks = DecodeMasks(loaded, mask, self.steps)
         self.position = mask.sum(1, keepdim=True)
@@ -112,6 +123,12 @@ class Running:
             for k, *read in zip(self.twins, surprise, excess, strict=True):
                 steps[k] = Step(*steps[k][:2], *read)
         return tokens, list(steps)
+
+    def leave(self, k: int) -> None:
+        """A track has ended; what it has read is all of its input but for a token that no pass has followed."""
+        track = self.alive[k]
+        if self.passed is not None:
+            self.passed.leave(id(track), k, len(track.input) - (track.finish == "length"))
 
     def advance(self, tokens: Tensor) -> None:
         """Feed the sampled tokens and keep the logits that follow them."""
@@ -184,6 +201,8 @@ class Running:
         rows = torch.tensor(kept, device=tokens.device)
         select_rows(self.cache, rows)
         self.masks.keep(rows)
+        if self.passed is not None:
+            self.passed.keep(rows)
         if self.steering is not None and self.course.plain:
             self.steering.keep(rows)
         self.position = self.position[rows]
