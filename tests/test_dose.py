@@ -9,7 +9,7 @@ import torch
 
 from shl.cli import main
 from shl.core import pools
-from shl.core.defaults import DoseConfig, FilterConfig, VectorConfig
+from shl.core.defaults import DoseConfig, FilterConfig, GenConfig, VectorConfig
 from shl.core.errors import BelowGate, ShlError
 from shl.core.hooks import Steering
 from shl.core.models import load
@@ -81,6 +81,20 @@ def test_the_dose_by_survival_is_the_last_that_survives(toy):
     for record in dose.survivors:
         check_record(record)
         assert record["keep"] and record["coeff"] in shares
+
+
+def test_the_probe_is_steered_as_it_is_told(toy):
+    gen = GenConfig(schedule="linear", system="Be brief.", max_new_tokens=7)
+    dose = by_survival(*toy, pools.pool("authority"), 0.7, DoseConfig(prompts=4, max_new_tokens=48), gen=gen)
+    assert dose.survivors and max(row["n_tokens"] for row in dose.survivors) > 7
+    for row in dose.survivors:
+        assert row["trajectory"]["schedule"] == "linear" and row["system"] == "Be brief."
+
+
+def test_a_systems_text_moves_the_divergence_whoever_gives_it(loaded, vector):
+    theirs = [replace(prompt, system="Answer as a pirate.") for prompt in PROMPTS]
+    ours = by_kl(loaded, vector, PROMPTS, 0.01, CFG, system="Answer as a pirate.")
+    assert ours == by_kl(loaded, vector, theirs, 0.01, CFG) != by_kl(loaded, vector, PROMPTS, 0.01, CFG)
 
 
 def test_survival_of_everything_or_nothing_is_an_error(loaded, vector):

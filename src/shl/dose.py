@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from shl.core.chat import join_system, with_system
 from shl.core.console import note, progress
 from shl.core.decode import Sampling, decode
 from shl.core.defaults import DoseConfig, FilterConfig, GenConfig
@@ -50,16 +51,22 @@ def ceiling(vector: Vector, cfg: DoseConfig) -> float:
 
 
 def by_kl(
-    loaded: Loaded, vector: Vector, prompts: Sequence[Prompt], target: float, cfg: DoseConfig | None = None
+    loaded: Loaded,
+    vector: Vector,
+    prompts: Sequence[Prompt],
+    target: float,
+    cfg: DoseConfig | None = None,
+    *,
+    system: str | None = None,
 ) -> Dose:
     """The coefficient at which the 95th percentile over tokens of KL(steered || unsteered) reaches a target, in nats.
 
     Both read the same completions, sampled without steering; unsteered is the chain at coefficient 0. Bisection to
-    1% of the coefficient. A target that the ceiling does not reach is an error.
+    1% of the coefficient. A target that the ceiling does not reach is an error. `system` stands before every prompt.
     """
     cfg = cfg or DoseConfig()
     vector.check(loaded)
-    probe = _Probe(loaded, vector, prompts, cfg)
+    probe = _Probe(loaded, vector, prompts, cfg, system)
     low, high = 0.0, ceiling(vector, cfg)
     if (top := probe.kl(high)) < target:
         raise ShlError(
@@ -79,11 +86,14 @@ def by_kl(
 class _Probe:
     """Unsteered completions, and how far steering moves the distributions along them."""
 
-    def __init__(self, loaded: Loaded, vector: Vector, prompts: Sequence[Prompt], cfg: DoseConfig) -> None:
+    def __init__(
+        self, loaded: Loaded, vector: Vector, prompts: Sequence[Prompt], cfg: DoseConfig, system: str | None = None
+    ) -> None:
         self.loaded, self.cfg = loaded, cfg
         self.vector = vector
         self.readings: list[tuple[float, float]] = []
-        asked = [loaded.encode_prompt(prompt.messages) for prompt in prompts[: cfg.prompts]]
+        texts = [with_system(one.messages, join_system(system, one.system)) for one in prompts[: cfg.prompts]]
+        asked = [loaded.encode_prompt(messages) for messages in texts]
         said = decode(
             loaded,
             asked,
@@ -136,13 +146,15 @@ def by_survival(
     cfg: DoseConfig | None = None,
     filter_cfg: FilterConfig | None = None,
     *,
+    gen: GenConfig | None = None,
     to_ceiling: bool = False,
 ) -> Dose:
     """The highest coefficient at which a target share of probe completions passes the filter.
 
-    A grid up to the ceiling in ratios of 1.41, all doses in one batch, then a finer one between the last dose that
-    survives and the first that does not. Raises (exit code 3) when even the smallest dose does not survive, and when
-    the ceiling does, unless `to_ceiling` takes that as the answer.
+    `gen` says how they are sampled and steered, but for the coefficients and what `cfg` says of the probe. A grid up to
+    the ceiling in ratios of 1.41, all doses in one batch, then a finer one between the last dose that survives and the
+    first that does not. Raises (exit code 3) when even the smallest dose does not survive, and when the ceiling does,
+    unless `to_ceiling` takes that as the answer.
     """
     cfg = cfg or DoseConfig()
     top = ceiling(vector, cfg)
@@ -150,7 +162,9 @@ def by_survival(
     bank: list[dict[str, Any]] = []
     grid = [top * 2 ** (-k / 2) for k in reversed(range(cfg.grid))]
     for _ in range(2):
-        shares, survivors = _survival(loaded, vector, prompts, grid, cfg, filter_cfg or FilterConfig())
+        shares, survivors = _survival(
+            loaded, vector, prompts, grid, cfg, filter_cfg or FilterConfig(), gen or GenConfig()
+        )
         readings |= shares
         bank += survivors
         note("survive: " + ", ".join(f"{coeff:.3g} {share:.0%}" for coeff, share in sorted(shares.items())))
@@ -183,11 +197,15 @@ def _survival(
     grid: Sequence[float],
     cfg: DoseConfig,
     filter_cfg: FilterConfig,
+    gen: GenConfig,
 ) -> tuple[dict[float, float], list[dict[str, Any]]]:
     """Share that survives by coefficient, and the survivors."""
-    gen = GenConfig(
+    gen = replace(
+        gen,
         coeffs=(0.0, *grid),
         limit=cfg.prompts,
+        samples=1,
+        score=True,
         max_new_tokens=cfg.max_new_tokens,
         seed=seed_of(cfg.seed, "dose") % 2**31,
         batch_size=cfg.batch_size,

@@ -213,7 +213,7 @@ def command(
         chosen = cfg
         if auto and vector is not None:
             probe = settle(DoseConfig, {"seed": cfg.seed}, "dose", ref)
-            found = _begun(target) or _search(loaded, vector, asked, aim, probe)
+            found = _begun(target) or _search(loaded, vector, asked, aim, probe, cfg)
             chosen = replace(cfg, coeffs=(0.0, ranks.share(found)))
         watch = Survival() if console.live() else None
         return generate(loaded, asked, chosen, vector, start=begun, allow_mismatch=bool(allow_mismatch), watch=watch)
@@ -241,17 +241,25 @@ def _begun(target: PartFile | None) -> float | None:
 
 
 def _search(
-    loaded: Loaded, vector: Vector, prompts: list[records.Prompt], aim: dict[str, float], probe: DoseConfig
+    loaded: Loaded,
+    vector: Vector,
+    prompts: list[records.Prompt],
+    aim: dict[str, float],
+    probe: DoseConfig,
+    cfg: GenConfig,
 ) -> float:
-    """The coefficient that shl dose finds, for a dose that is the same at every position."""
+    """The coefficient for a probe that is sampled and steered as the run is; by KL, with the same dose everywhere.
+
+    Nothing is rewound: rewinding shrinks any dose until it survives, so that none would be too strong.
+    """
     from shl.dose import by_kl, by_survival
 
     try:
         if "kl" in aim:
-            dose = by_kl(loaded, vector, prompts, aim["kl"], probe)
+            dose = by_kl(loaded, vector, prompts, aim["kl"], probe, system=cfg.system)
             met = f"KL to the unsteered model is {dose.value:.3g} nats"
         else:
-            dose = by_survival(loaded, vector, prompts, aim["survival"], probe)
+            dose = by_survival(loaded, vector, prompts, aim["survival"], probe, gen=replace(cfg, backtrack=False))
             met = f"{dose.value:.0%} of the probe survive the filter"
     except ShlError as error:
         error.hint = "search it with shl dose, which has --ceiling, and give --coeff 0,X"
