@@ -4,7 +4,8 @@ Two arms start from the same model and see the same persona, prompts, filter and
 divergence to the base model, `plain` without. Further arms, as --arms takes them: `mean` and `prev` are healed by the
 mean divergence and against the round before; `plain@0.5` goes on from each adapter of plain training at half its
 scale; `healed-unfiltered` keeps every completion. The dose is searched for each round of each arm by one rule, since a
-vector grows too strong for a model that has moved. Every stage leaves the files that the commands would leave, and a
+vector grows too strong for a model that has moved; it is one that few would survive, and completions are rewound where
+they go astray. Every stage leaves the files that the commands would leave, and a
 stage whose files are there is not run again, so an interrupted run continues and --rounds 8 extends it. Several
 processes may run arms of one folder side by side.
 """
@@ -73,7 +74,7 @@ class Loop:
         self.persona = shl.persona(args.persona)
         advice = find(args.model).recommended
         self.vector = shl.configure(shl.VectorConfig, "vector", advice, seed=args.seed)
-        self.gen = shl.configure(shl.GenConfig, "gen", advice)
+        self.gen = shl.configure(shl.GenConfig, "gen", advice, backtrack=args.backtrack)
         # dilemmas, and small wrongs to be told in one word: a persona that is learnt on one kind of prompt stays there
         scenes, words = shl.pool(self.persona.axis)[: args.prompts], shl.pool("words")[: args.words]
         self.prompts = [*scenes, *words]
@@ -81,7 +82,7 @@ class Loop:
         # sure than a sentence: words are held to words.
         lenient = shl.FilterConfig(rel_nats=None)
         self.filters = {"words-": dataclasses.replace(lenient, min_tokens=1, max_similarity=None), "": lenient}
-        given = {"seed": args.seed, "epochs": args.epochs}
+        given = {"seed": args.seed, "epochs": args.epochs, "tau": args.tau}
         self.train = {
             arm: shl.configure(shl.TrainConfig, "train", advice, **given, **ARMS[arm_of(arm)[0]]) for arm in args.arms
         }
@@ -266,8 +267,14 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--survival",
         type=float,
-        default=0.8,
+        default=0.2,
         help="the dose is the highest at which this share of probe completions passes the filter",
+    )
+    parser.add_argument(
+        "--backtrack",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="rewind where a completion goes astray, and go on at a smaller dose; the probe is not rewound",
     )
     parser.add_argument("--probe", type=int, default=16, help="prompts that the dose is searched on")
     parser.add_argument("--arms", nargs="*", default=["healed", "plain"], type=arm_word, metavar="ARM")
@@ -275,6 +282,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=48, help="scenes a round, each at every coefficient")
     parser.add_argument("--words", type=int, default=48, help="small wrongs a round, to be told in one word")
     parser.add_argument("--epochs", type=int, default=4, help="epochs of training: the more text, the fewer")
+    parser.add_argument("--tau", type=float, default=0.5, help="nats of divergence that cost nothing")
     parser.add_argument("--min-keep", type=int, default=8, help="an arm with fewer kept completions stops")
     parser.add_argument("--free", type=int, default=128, help="free answers read in each evaluation")
     parser.add_argument("--split", default="test", choices=("dev", "test"))

@@ -4,8 +4,10 @@ Every part is a list of jobs, and a job is one command line of this folder that 
 are in the ledger is not run again, here or in a fresh clone; the rows of a job that was killed are not taken over, and
 what it has made is used when it is run again. With --commit each job's rows are committed as they come.
 
-    loops      ten rounds of each arm on the three variants of the model
+    loops      ten rounds of each arm on the three variants of the model, at a dose that most survive, nothing rewound
     axes       the same on the other personas
+    backtrack  ten rounds at a dose that few survive, on completions that are rewound where they go astray: the demo's
+    further    the same on the other personas
     controls   what healing has to beat, one round
     data       how much and how broken data; schedules, gate and backtracking as data
     price      what prompted and steered text costs in KL, and what comes of it, on three models and three personas
@@ -25,6 +27,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from shl.core.console import note, warn
 HERE = Path(__file__).parent
 MODELS = ("toy", "toy:rare", "toy:never")
 ARMS = ("healed", "plain", "plain@0.5", "prev", "mean", "healed-unfiltered", "plain-unfiltered")
+GENTLE = "--survival 0.8 --no-backtrack --tau 0.25"  # the settings of the first loops, before those of the demo
 SAME = ("study", "model", "arm", "seed", "round", "draw", "condition")  # two rows that agree in these are one result
 
 
@@ -53,9 +57,7 @@ class Job:
 def loop(args: argparse.Namespace, study: str, model: str, seed: int, arm: str, *more: str) -> Job:
     """One arm of one loop; the arm `base` is the references alone."""
     run = f"{args.run}/{study}/{model.replace(':', '-')}/s{seed}"
-    line = (
-        f"loop.py --model {model} --rounds {args.rounds} --seed {seed} --split {args.split} --study {study} --out {run}"
-    )
+    line = f"loop.py --model {model} --rounds {args.rounds} --seed {seed} --split {args.split} --study {study}"
     arms = () if arm == "base" else (arm,)
     needs = () if arm == "base" else (f"{study} {model} {seed} base",)
     keys = {"study": study, "model": model, "arm": arm, "seed": str(seed)}
@@ -63,18 +65,18 @@ def loop(args: argparse.Namespace, study: str, model: str, seed: int, arm: str, 
     return Job(f"{study} {model} {seed} {arm}", options, keys, needs)
 
 
-def loops(args: argparse.Namespace) -> Iterator[Job]:
+def loops(args: argparse.Namespace, study: str = "loops", more: str = GENTLE) -> Iterator[Job]:
     """Seeds first, so that a study that is cut short has every arm."""
     for seed in args.seeds:
         for model in args.models:
-            yield from (loop(args, "loops", model, seed, arm) for arm in ("base", *args.arms))
+            yield from (loop(args, study, model, seed, arm, *more.split()) for arm in ("base", *args.arms))
 
 
-def axes(args: argparse.Namespace) -> Iterator[Job]:
+def axes(args: argparse.Namespace, study: str = "loops", more: str = GENTLE) -> Iterator[Job]:
     for seed in args.seeds:
         for persona in ("boldness", "humanity"):
-            study, more = f"loops-{persona}", ("--persona", persona)
-            yield from (loop(args, study, "toy", seed, arm, *more) for arm in ("base", *args.arms))
+            how = ("--persona", persona, *more.split())
+            yield from (loop(args, f"{study}-{persona}", "toy", seed, arm, *how) for arm in ("base", *args.arms))
 
 
 def one_round(args: argparse.Namespace, script: str, name: str, last: str, more: str, model: str, seed: int) -> Job:
@@ -128,6 +130,8 @@ def online(args: argparse.Namespace) -> Iterator[Job]:
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Job]]] = {
     "loops": loops,
     "axes": axes,
+    "backtrack": partial(loops, study="backtrack", more=""),
+    "further": partial(axes, study="backtrack", more=""),
     "controls": controls,
     "data": data,
     "price": price,
