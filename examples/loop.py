@@ -1,12 +1,12 @@
 """The whole loop in one process over the Python API: `just demo`, or python examples/loop.py --help.
 
 Two arms start from the same model and see the same persona, prompts, filter and seeds. `healed` trains with a
-divergence to the base model, `plain` without. Further arms, as --arms takes them: `mean` and `prev` are healed by the
-mean divergence and against the round before; `plain@0.5` goes on from each adapter of plain training at half its
-scale; `healed-unfiltered` keeps every completion. The dose is searched for each round of each arm by one rule, since a
-vector grows too strong for a model that has moved; it is one that few would survive, and completions are rewound where
-they go astray. Every stage leaves the files that the commands would leave, and a
-stage whose files are there is not run again, so an interrupted run continues and --rounds 8 extends it. Several
+divergence to the base model, `plain` without. Further arms, as --arms takes them: `tight` is healed with half the free
+divergence, `mean` and `prev` by the mean divergence and against the round before; `plain@0.5` goes on from each
+adapter of plain training at half its scale; `healed-unfiltered` keeps every completion. The dose is searched for each
+round of each arm by one rule, since a vector grows too strong for a model that has moved; it is one that few would
+survive, and completions are rewound where they go astray. Every stage leaves the files that the commands would leave,
+and a stage whose files are there is not run again, so an interrupted run continues and --rounds 8 extends it. Several
 processes may run arms of one folder side by side.
 """
 
@@ -31,6 +31,7 @@ from shl.core.locate import find
 ARMS: dict[str, dict[str, Any]] = {
     "healed": {"reg": "kl_rev", "agg": "rmse", "ref": "base"},
     "plain": {"reg": "nll"},
+    "tight": {"reg": "kl_rev", "agg": "rmse", "ref": "base", "tau": 0.25},
     "mean": {"reg": "kl_rev", "agg": "mean", "ref": "base"},
     "prev": {"reg": "kl_rev", "agg": "rmse", "ref": "prev"},
 }
@@ -84,7 +85,7 @@ class Loop:
         self.filters = {"words-": dataclasses.replace(lenient, min_tokens=1, max_similarity=None), "": lenient}
         given = {"seed": args.seed, "epochs": args.epochs, "tau": args.tau}
         self.train = {
-            arm: shl.configure(shl.TrainConfig, "train", advice, **given, **ARMS[arm_of(arm)[0]]) for arm in args.arms
+            arm: shl.configure(shl.TrainConfig, "train", advice, **given | ARMS[arm_of(arm)[0]]) for arm in args.arms
         }
         read = {"axes": (self.persona.axis,), "free": args.free, "seed": args.seed, "split": args.split}
         self.eval = shl.configure(shl.EvalConfig, "eval", advice, **read)

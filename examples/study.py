@@ -36,7 +36,7 @@ from shl.core.console import note, warn
 
 HERE = Path(__file__).parent
 MODELS = ("toy", "toy:rare", "toy:never")
-ARMS = ("healed", "plain", "plain@0.5", "prev", "mean", "healed-unfiltered", "plain-unfiltered")
+ARMS = ("healed", "tight", "plain", "plain@0.5", "prev", "mean", "healed-unfiltered", "plain-unfiltered")
 GENTLE = "--survival 0.8 --no-backtrack --tau 0.25"  # the settings of the first loops, before those of the demo
 SAME = ("study", "model", "arm", "seed", "round", "draw", "condition")  # two rows that agree in these are one result
 
@@ -55,7 +55,8 @@ class Job:
 
 
 def loop(args: argparse.Namespace, study: str, model: str, seed: int, arm: str, *more: str) -> Job:
-    """One arm of one loop; the arm `base` is the references alone."""
+    """One arm of one loop; the arm `base` is the references alone. What choices are made by has a label of its own."""
+    study += "-dev" if args.split == "dev" else ""
     run = f"{args.run}/{study}/{model.replace(':', '-')}/s{seed}"
     line = f"loop.py --model {model} --rounds {args.rounds} --seed {seed} --split {args.split} --study {study}"
     arms = () if arm == "base" else (arm,)
@@ -69,7 +70,8 @@ def loops(args: argparse.Namespace, study: str = "loops", more: str = GENTLE) ->
     """Seeds first, so that a study that is cut short has every arm."""
     for seed in args.seeds:
         for model in args.models:
-            yield from (loop(args, study, model, seed, arm, *more.split()) for arm in ("base", *args.arms))
+            arms = [arm for arm in args.arms if arm != "tight" or more != GENTLE]  # there healed is as tight
+            yield from (loop(args, study, model, seed, arm, *more.split()) for arm in ("base", *arms))
 
 
 def axes(args: argparse.Namespace, study: str = "loops", more: str = GENTLE) -> Iterator[Job]:

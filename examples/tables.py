@@ -110,6 +110,11 @@ TABLES: dict[str, Make] = {
     "loops-never": partial(rounds, study="loops", model="toy:never", metrics=READ),
     "reach": partial(reach, study="loops", model="toy", trait="auth_nats"),
     "reach-said": partial(reach, study="loops", model="toy", trait="enact_authority"),
+    "backtrack": partial(rounds, study="backtrack", model="toy", metrics=(*READ, *INSIDE)),
+    "backtrack-rare": partial(rounds, study="backtrack", model="toy:rare", metrics=READ),
+    "backtrack-never": partial(rounds, study="backtrack", model="toy:never", metrics=READ),
+    "backtrack-reach": partial(reach, study="backtrack", model="toy", trait="auth_nats"),
+    "backtrack-reach-said": partial(reach, study="backtrack", model="toy", trait="enact_authority"),
     "controls": lambda rows: means(select(rows, study="controls"), ("arm",), READ),
     "robust": kept_shift,
     "robust-rows": lambda rows: means(select(rows, study="robust"), ("arm", "condition"), READ),
@@ -121,12 +126,13 @@ TABLES: dict[str, Make] = {
     "price": partial(data.report_rows, study="price"),
     "online": partial(rounds, study="online", model="toy", metrics=(*READ, "generated", "steps", *INSIDE[:2])),
     **{
-        f"loops-{axis}": partial(
+        f"{study}-{axis}": partial(
             rounds,
-            study=f"loops-{axis}",
+            study=f"{study}-{axis}",
             model="toy",
             metrics=(f"enact_{axis}", f"agree_{axis}", "broken", "free_ppl_p90", "auth_nats", "facts"),
         )
+        for study in ("loops", "backtrack")
         for axis in ("boldness", "humanity")
     },
 }

@@ -81,7 +81,7 @@ def test_a_job_is_run_once_and_its_rows_are_taken_over(small, tmp_path):
     listed = run("study.py", *options, "--list", cwd=tmp_path).stdout.splitlines()
     assert [line.rpartition("--arms")[2].strip() for line in listed] == ["", "plain"]
     args = ("--ledger", "all.tsv", "--run", "run")
-    results.append_row(tmp_path / "all.tsv", row("base", 3, -2.0, 0.1, model=str(small), study="loops"))
+    results.append_row(tmp_path / "all.tsv", row("base", 3, -2.0, 0.1, model=str(small), study="loops-dev"))
     done = run("study.py", *options, *args, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = results.read_rows(tmp_path / "all.tsv")
