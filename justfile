@@ -5,7 +5,7 @@ export HF_HUB_OFFLINE := env("HF_HUB_OFFLINE", "1")
 _default:
     @just --list --unsorted
 
-# the loop on the embedded model: base, prompted, healed and plain arms, a table and trajectory.png
+# the loop on the embedded model: base and prompted rows, healed and plain arms, a table and trajectory.png
 demo *ARGS:
     python examples/loop.py {{ARGS}}
 
@@ -84,7 +84,8 @@ study *PARTS:
 
 # the headline figure, and every table of docs/results.md, from the ledger
 tables:
-    python examples/headline.py results.tsv -o docs/headline.png --force
+    python examples/headline.py results.tsv --study backtrack --arms healed plain plain@0.5 healed@0.5 -o docs/headline.png --force
+    python examples/headline.py results.tsv -o docs/headline-gentle.png --force
     python examples/headline.py results.tsv --model toy:rare toy:never -o docs/headline-variants.png --force
     python examples/tables.py
 

@@ -36,7 +36,7 @@ from shl.core.console import note, warn
 
 HERE = Path(__file__).parent
 MODELS = ("toy", "toy:rare", "toy:never")
-ARMS = ("healed", "tight", "plain", "plain@0.5", "prev", "mean", "healed-unfiltered", "plain-unfiltered")
+ARMS = ("healed", "plain", "plain@0.5", "healed@0.5", "tight", "prev", "mean", "healed-unfiltered", "plain-unfiltered")
 GENTLE = "--survival 0.8 --no-backtrack --tau 0.25"  # the settings of the first loops, before those of the demo
 SAME = ("study", "model", "arm", "seed", "round", "draw", "condition")  # two rows that agree in these are one result
 
@@ -70,7 +70,7 @@ def loops(args: argparse.Namespace, study: str = "loops", more: str = GENTLE) ->
     """Seeds first, so that a study that is cut short has every arm."""
     for seed in args.seeds:
         for model in args.models:
-            arms = [arm for arm in args.arms if arm != "tight" or more != GENTLE]  # there healed is as tight
+            arms = [arm for arm in args.arms if arm != "tight" or more != GENTLE]  # where healed is as tight
             yield from (loop(args, study, model, seed, arm, *more.split()) for arm in ("base", *arms))
 
 
