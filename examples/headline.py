@@ -96,12 +96,12 @@ class Study:
                 prompted = self.points["prompted"][None][seed]
                 good = one.shift if one.good(TELLS * prompted.informed) else 0.0
                 best[seed] = max(best.get(seed, 0.0), good)
-        return best
+        return dict(sorted(best.items()))
 
     def survived(self, arm: str) -> dict[str, int]:
         """Rounds before the first with more than a quarter broken, of each seed."""
         found: dict[str, int] = {}
-        for seed in self.base:
+        for seed in sorted(self.base):
             turns = [turns[seed] for turns in self.points[arm].values() if seed in turns]
             sound = [one.broken <= BROKEN for one in turns]
             if turns:

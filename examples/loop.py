@@ -189,12 +189,16 @@ class Loop:
         ]
 
     def doses(self, loaded: shl.Loaded, vector: shl.Vector, number: int) -> tuple[float, ...]:
-        """Those given, or the highest dose that enough of a probe survives, and a smaller; 0 makes the controls."""
+        """Those given, or the highest dose that enough of a probe survives, and a smaller; 0 makes the controls.
+
+        Where enough survive a vector as long as the residual stream, that is the dose.
+        """
         if self.args.coeff:
             return tuple(self.args.coeff)
         prompts = shl.pool(self.persona.axis)[-self.args.probe :]
         cfg = shl.DoseConfig(prompts=self.args.probe, seed=100 * self.args.seed + number)
-        found = shl.by_survival(loaded, vector, prompts, self.args.survival, cfg, shl.FilterConfig())
+        how = shl.FilterConfig()
+        found = shl.by_survival(loaded, vector, prompts, self.args.survival, cfg, how, to_ceiling=True)
         console.note(f"round {number}: {found.value:.0%} survive at coefficient {found.coeff:.3g}")
         return (0.0, *(round(found.coeff * share, 3) for share in (0.7, 1.0)))
 

@@ -111,6 +111,7 @@ TABLES: dict[str, Make] = {
     "reach": partial(reach, study="loops", model="toy", trait="auth_nats"),
     "reach-said": partial(reach, study="loops", model="toy", trait="enact_authority"),
     "backtrack": partial(rounds, study="backtrack", model="toy", metrics=(*READ, *INSIDE)),
+    "backtrack-dev": partial(rounds, study="backtrack-dev", model="toy", metrics=READ),
     "backtrack-rare": partial(rounds, study="backtrack", model="toy:rare", metrics=READ),
     "backtrack-never": partial(rounds, study="backtrack", model="toy:never", metrics=READ),
     "backtrack-reach": partial(reach, study="backtrack", model="toy", trait="auth_nats"),
