@@ -283,7 +283,7 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("--probe", type=int, default=16, help="prompts that the dose is searched on")
     parser.add_argument("--arms", nargs="*", default=["healed@0.5", "plain"], type=arm_word, metavar="ARM")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=48, help="scenes a round, each at every coefficient")
     parser.add_argument("--words", type=int, default=48, help="small wrongs a round, to be told in one word")
     parser.add_argument("--epochs", type=int, default=4, help="epochs of training: the more text, the fewer")
