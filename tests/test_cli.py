@@ -225,7 +225,7 @@ class TestStreams:
 
     def test_limit_stops_the_writer_upstream(self, tmp_path):
         endless = (
-            "import itertools, json, sys\n"
+            "import itertools, json, os, sys\n"
             f"row = json.loads({json.dumps(json.dumps(record()))})\n"
             "try:\n"
             "    for i in itertools.count():\n"
@@ -233,6 +233,7 @@ class TestStreams:
             "        print(json.dumps(row), flush=True)\n"
             "except BrokenPipeError:\n"
             "    sys.stderr.write(str(i))\n"
+            "    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)\n"  # what is left goes nowhere, without a word at exit
         )
         upstream = subprocess.Popen([sys.executable, "-c", endless], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         done = subprocess.run(
