@@ -112,7 +112,7 @@ class Data(Arms):
 
     @cached_property
     def dose(self) -> float:
-        """The highest dose that four fifths of a probe survive, as examples/loop.py searches it."""
+        """The highest dose that four fifths of a probe survive, as the gentle loops search it."""
         probe = shl.pool(self.axis)[-16:]
         found = shl.by_survival(self.loaded, self.vector, probe, 0.8, shl.DoseConfig(seed=self.args.seed))
         return round(found.coeff, 3)

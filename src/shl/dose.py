@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from shl.core.chat import join_system, with_system
 from shl.core.console import note, progress
 from shl.core.decode import Sampling, decode
 from shl.core.defaults import DoseConfig, FilterConfig, GenConfig
@@ -92,8 +91,7 @@ class _Probe:
         self.loaded, self.cfg = loaded, cfg
         self.vector = vector
         self.readings: list[tuple[float, float]] = []
-        texts = [with_system(one.messages, join_system(system, one.system)) for one in prompts[: cfg.prompts]]
-        asked = [loaded.encode_prompt(messages) for messages in texts]
+        asked = [loaded.encode_prompt(prompt.asked(system)) for prompt in prompts[: cfg.prompts]]
         said = decode(
             loaded,
             asked,

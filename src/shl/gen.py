@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from shl.core import ranks
 from shl.core.below import Passed
-from shl.core.chat import Messages, join_system, with_system
+from shl.core.chat import Messages, with_system
 from shl.core.console import Rate, progress
 from shl.core.decode import Completion, Sampling, decode
 from shl.core.defaults import GenConfig
@@ -47,10 +47,6 @@ class Row(NamedTuple):
     def messages(self) -> Messages:
         """The prompt as the record holds it: with a system text of its own, without any that the run added."""
         return with_system(self.prompt.messages, self.prompt.system)
-
-    def asked(self, system: str | None) -> Messages:
-        """The prompt as the model gets it."""
-        return with_system(self.prompt.messages, join_system(system, self.prompt.system))
 
 
 def rows(prompts: Sequence[Prompt], cfg: GenConfig, coeffs: Sequence[float]) -> Iterator[Row]:
@@ -103,7 +99,7 @@ def generate(
     rate = Rate()
 
     def made(block: list[Row]) -> list[dict[str, Any]]:
-        encoded = {id(row.prompt): loaded.encode_prompt(row.asked(cfg.system)) for row in block}
+        encoded = {id(row.prompt): loaded.encode_prompt(row.prompt.asked(cfg.system)) for row in block}
         asked = [encoded[id(row.prompt)] for row in block]
         passed = _passed(loaded, asked, cfg, vector)
         done = _decode(
@@ -148,11 +144,11 @@ def _coeffs(cfg: GenConfig, steered: bool) -> tuple[float, ...]:
 def _passed(loaded: Loaded, asked: list[list[int]], cfg: GenConfig, vector: Vector | None) -> Passed | None:
     """A place for the states below the steered blocks, which are base's states too: scoring need not compute them.
 
-    There is none for a model with a chain, whose states are not base's, nor for more than there should be room for, nor
-    where processes score rows that others have decoded.
+    There is none for a model with a chain or under a persona, whose states are of something else than what is scored,
+    nor for more than there should be room for, nor where processes score rows that others have decoded.
     """
     size = sum(len(ids) + cfg.max_new_tokens for ids in asked) * loaded.hidden * loaded.dtype.itemsize
-    if not cfg.score or loaded.chain or size > _ROOM or ranks.sharing() > 1:
+    if not cfg.score or loaded.chain or cfg.system or size > _ROOM or ranks.sharing() > 1:
         return None
     return Passed(loaded, loaded.n_blocks - 1 if vector is None else min(vector.layers))
 

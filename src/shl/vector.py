@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shl import __version__
 from shl.core import directions
-from shl.core.chat import Messages, join_system, with_system
+from shl.core.chat import Messages
 from shl.core.console import progress
 from shl.core.decode import Sampling, decode
 from shl.core.defaults import POSITIONS, VectorConfig
@@ -44,7 +44,7 @@ def extract(
 
     cfg = cfg or VectorConfig()
     chosen = _choose(pools.contexts() if contexts is None else contexts, cfg)
-    sides = [[_under(prompt, persona) for prompt in chosen] for persona in (pos, neg)]
+    sides = [[prompt.asked(persona) for prompt in chosen] for persona in (pos, neg)]
     encoded = [[loaded.encode_prompt(messages) for messages in side] for side in sides]
     if any(a == b for a, b in zip(*encoded, strict=True)):
         raise ShlError("both sides of the pair give the same prompt", hint="let --pos and --neg differ")
@@ -72,11 +72,6 @@ def _choose(contexts: Sequence[Prompt], cfg: VectorConfig) -> list[Prompt]:
         return list(contexts)
     picked = random.Random(seed_of(cfg.seed, "contexts")).sample(range(len(contexts)), cfg.contexts)
     return [contexts[i] for i in sorted(picked)]
-
-
-def _under(prompt: Prompt, persona: str | None) -> Messages:
-    """A context under a persona; a system text of its own stays on both sides."""
-    return with_system(prompt.messages, join_system(persona, prompt.system))
 
 
 def _direction(

@@ -6,12 +6,12 @@ persona, and the model under test, without persona, is asked which of the two it
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from shl.core import pools
-from shl.core.chat import join_system, with_system
 from shl.core.decode import Sampling, decode
 from shl.core.defaults import EvalConfig
 from shl.core.free import Intervals, Metrics, Part, Row, chosen, measured
@@ -63,7 +63,7 @@ def choices(loaded: Loaded, cfg: EvalConfig) -> list[Choice]:
 def _asked(prompt: Prompt, system: str | None) -> list[dict[str, str]]:
     *before, last = prompt.messages
     asked = [*before, {**last, "content": f"{last['content']} {BRIEFLY}"}]
-    return with_system(asked, join_system(system, prompt.system))
+    return replace(prompt, messages=asked).asked(system)
 
 
 def read(loaded: Loaded, cfg: EvalConfig, found: list[Choice], system: str | None) -> list[Row]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from shl.core import pools
-from shl.core.chat import join_system, under, with_system
+from shl.core.chat import under, with_system
 from shl.core.console import Rate, progress
 from shl.core.decode import Completion, Sampling, decode
 from shl.core.defaults import EvalConfig
@@ -48,7 +48,7 @@ def speak(loaded: Loaded, cfg: EvalConfig, system: str | None, before: Sequence[
     with progress("free answers", len(asked)) as bar:
         completions = decode(
             loaded,
-            [loaded.encode_prompt(_messages(prompt, system)) for _, _, prompt in asked],
+            [loaded.encode_prompt(prompt.asked(system)) for _, _, prompt in asked],
             seeds=[seed_of(cfg.seed, "eval", axis, name) for axis, name, _ in asked],
             sampling=Sampling(max_new_tokens=cfg.max_new_tokens),
             batch_size=max(cfg.batch_size, 64),
@@ -65,16 +65,12 @@ def chosen(axis: str, cfg: EvalConfig, count: int) -> Iterator[tuple[str, Prompt
         yield f"{prompt.id}/{turn // len(pool)}", prompt
 
 
-def _messages(prompt: Prompt, system: str | None) -> list[dict[str, str]]:
-    return with_system(prompt.messages, join_system(system, prompt.system))
-
-
 def _free_row(axis: str, name: str, prompt: Prompt, completion: Completion) -> Row:
     return {
         "kind": "free",
         "id": name,
         "axis": axis,
-        "prompt": _messages(prompt, None),  # without the system text under test: the persona is never in a record
+        "prompt": prompt.asked(),  # without the system text under test: the persona is never in a record
         "completion": [{"role": "assistant", "content": completion.text}],
         "finish": completion.finish,
         "n_tokens": completion.n_tokens,

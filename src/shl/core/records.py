@@ -15,6 +15,7 @@ from typing import IO, Any, NamedTuple
 import jsonlines
 
 from shl.core import strict
+from shl.core.chat import join_system, with_system
 from shl.core.errors import InputError
 
 Source = Path | str | IO[str] | Iterable[str] | None
@@ -61,6 +62,10 @@ class Prompt:
     messages: list[Message]
     system: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def asked(self, system: str | None = None) -> list[Message]:
+        """The chat as a model gets it: a run's system text in front of the prompt's own."""
+        return with_system(self.messages, join_system(system, self.system))
 
 
 class Pair(NamedTuple):
