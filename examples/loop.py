@@ -2,9 +2,9 @@
 
 Two arms start from the same model and see the same persona, prompts, filter and seeds. `healed@0.5` trains with a
 divergence to the base model and goes on from each adapter at half its scale, `plain` trains without and goes on from
-the whole. Any arm takes a scale. Further arms, as --arms takes them: `tight` is healed with half the free divergence,
-`mean` and `prev` by the mean divergence and against the round before; `healed-unfiltered` keeps every completion. The
-dose is searched for each round of each arm by one rule, since a vector grows too strong for a model that has moved; it
+the whole. Any arm takes a scale. Further arms, as --arms takes them: `tight`, `loose` and `looser` are healed with a
+half, one and a half and two times the free divergence, `mean` and `prev` by the mean divergence and against the round
+before; `healed-unfiltered` keeps every completion. The dose is searched for each round of each arm by one rule, since a vector grows too strong for a model that has moved; it
 is one that few would survive, and completions are rewound where they go astray. Every stage leaves the files that the
 commands would leave, and a stage whose files are there is not run again, so an interrupted run continues and --rounds 8
 extends it. Several processes may run arms of one folder side by side.
@@ -32,6 +32,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "healed": {"reg": "kl_rev", "agg": "rmse", "ref": "base"},
     "plain": {"reg": "nll"},
     "tight": {"reg": "kl_rev", "agg": "rmse", "ref": "base", "tau": 0.25},
+    "loose": {"reg": "kl_rev", "agg": "rmse", "ref": "base", "tau": 0.75},
+    "looser": {"reg": "kl_rev", "agg": "rmse", "ref": "base", "tau": 1.0},
     "mean": {"reg": "kl_rev", "agg": "mean", "ref": "base"},
     "prev": {"reg": "kl_rev", "agg": "rmse", "ref": "prev"},
 }

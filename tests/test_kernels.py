@@ -11,6 +11,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 
 from shl.core import kernels
 from shl.core.fused import fused
+from shl.core.models import load
 
 WHERE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, *([torch.bfloat16] if WHERE == "cuda" else [])]  # the interpreter knows no bfloat16
@@ -78,9 +79,8 @@ def compiled(monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
-def test_a_models_own_operations_are_found_and_replaced(tiny, family, compiled):
-    loaded = tiny(family)
-    loaded.model.to(WHERE)
+def test_a_models_own_operations_are_found_and_replaced(tiny_model, family, compiled):
+    loaded = load(str(tiny_model(family)), device=WHERE)
     for module in loaded.body.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.weight.data.normal_(generator=torch.Generator(WHERE).manual_seed(0))
@@ -106,9 +106,8 @@ def test_a_models_own_operations_are_found_and_replaced(tiny, family, compiled):
     assert torch.equal(after, wanted[0])  # everything is as it was
 
 
-def test_what_computes_something_else_stays(tiny, compiled):
-    loaded = tiny("llama")
-    loaded.model.to(WHERE)
+def test_what_computes_something_else_stays(tiny_model, compiled):
+    loaded = load(str(tiny_model("llama")), device=WHERE)
     kind = type(loaded.blocks[0].input_layernorm)
     own = kind.forward
     kind.forward = lambda self, x: own(self, x) * 1.1
@@ -121,7 +120,6 @@ def test_what_computes_something_else_stays(tiny, compiled):
 
 def test_training_with_kernels_is_training_without(tiny_model, tmp_path, monkeypatch):
     from shl.core.defaults import TrainConfig
-    from shl.core.models import load
     from shl.train import heal
     from test_train import make_records
 

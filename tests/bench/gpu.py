@@ -2,7 +2,7 @@
 
     python tests/bench/gpu.py decode gemma-3-4b qwen3-4b     # tokens a second by batch, against transformers' generate
     python tests/bench/gpu.py profile gemma-3-4b             # where the time of a step goes
-    python tests/bench/gpu.py train gemma-3-4b               # 64 completions of 512 tokens, six epochs
+    python tests/bench/gpu.py train gemma-3-4b --batch-size 8 4      # 64 completions of 512 tokens, six epochs
 
 The bound of decoding is the time in which the card copies what a step has to read: every weight once, and the keys and
 values of the tokens before it, which is on average the prompt and half of the answer.
@@ -178,40 +178,43 @@ def operations(loaded: Any, first: int, rows: int, completion: int, epochs: int,
 def train_bench(args: argparse.Namespace) -> None:
     """Time and memory of a round's training, barrier shut and open."""
     rate = product_rate(8192 if CUDA else 512)
-    rows, completion, epochs = (8, 16, 2) if args.tiny else (64, 512, 6)
+    rows, completion, epochs = (8, 16, 2) if args.tiny else (64, 512, args.epochs)
     print(f"product: {rate / 1e12:.0f} TFLOP/s; {rows} completions of {completion} tokens, {epochs} epochs\n")
-    print("| shape | barrier | blocks computed | seconds | completion tok/s | peak GB | model alone | of the bound |")
-    print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    print("| shape | batch | barrier | blocks computed | s | completion tok/s | peak GB | model alone | of the bound |")
+    print("| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for name in args.shapes:
         loaded = loaded_of(name, args.tiny)
         alone = torch.cuda.memory_allocated() if CUDA else 0
-        fit(loaded, rows // 4, completion, 1, True, False)  # compiles and warms
+        fit(loaded, rows // 4, completion, 1, True, False, args.batch_size[0])  # compiles and warms
         if args.profile:
-            told = told_by_profiler(partial(fit, loaded, rows // 4, completion, 1, True, False))
+            told = told_by_profiler(partial(fit, loaded, rows // 4, completion, 1, True, False, args.batch_size[0]))
             print(f"{name}: an epoch of {rows // 4} rows, barrier open\n{told}\n", file=sys.stderr)
-        for opened, twice in ((True, False), (False, False), (True, True)):
-            if CUDA:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            seconds, first = fit(loaded, rows, completion, epochs, opened, twice)
-            peak = torch.cuda.max_memory_allocated() if CUDA else 0
-            bound = operations(loaded, first, rows, completion, epochs, opened) / rate
-            print(
-                f"| {name} | {'open' if opened else 'shut'} | {'twice' if twice else 'once'} | {seconds:.1f} "
-                f"| {rows * completion * epochs / seconds:.0f} | {peak / 1e9:.1f} | {alone / 1e9:.1f} "
-                f"| {bound / seconds:.0%} |",
-                flush=True,
-            )
+        for size in args.batch_size:
+            for opened, twice in ((True, False), (False, False), (True, True)):
+                if CUDA:
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
+                seconds, first = fit(loaded, rows, completion, epochs, opened, twice, size)
+                peak = torch.cuda.max_memory_reserved() if CUDA else 0
+                bound = operations(loaded, first, rows, completion, epochs, opened) / rate
+                print(
+                    f"| {name} | {size} | {'open' if opened else 'shut'} | {'twice' if twice else 'once'} "
+                    f"| {seconds:.1f} | {rows * completion * epochs / seconds:.0f} | {peak / 1e9:.1f} "
+                    f"| {alone / 1e9:.1f} | {bound / seconds:.0%} |",
+                    flush=True,
+                )
         del loaded
 
 
-def fit(loaded: Any, rows: int, completion: int, epochs: int, opened: bool, twice: bool) -> tuple[float, int]:
+def fit(
+    loaded: Any, rows: int, completion: int, epochs: int, opened: bool, twice: bool, size: int
+) -> tuple[float, int]:
     """Seconds of the loop of `shl train` at its defaults, and the first block trained."""
     from shl.core.defaults import TrainConfig
     from shl.core.lora import target_modules
 
     barrier = {"tau": 0.0, "lam": 1e-3} if opened else {"tau": 1e9}
-    cfg = TrainConfig(epochs=epochs, holdout=0.0, checkpointing=twice, **barrier)
+    cfg = TrainConfig(epochs=epochs, batch_size=size, holdout=0.0, checkpointing=twice, **barrier)
     vocab = loaded.text_config.vocab_size
     texts = torch.randint(3, vocab, (rows, PROMPT + completion), generator=torch.Generator().manual_seed(2)).tolist()
     modules = target_modules(loaded, cfg.layers, cfg.targets)
@@ -229,6 +232,8 @@ def main() -> None:
     parser.add_argument("--waves", type=int, default=1, help="prompts for each row of the batch")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--peer-tokens", type=int, default=64, help="new tokens of generate, whose rate hardly changes")
+    parser.add_argument("--batch-size", nargs="+", type=int, default=[8], help="of train")
+    parser.add_argument("--epochs", type=int, default=6, help="of train")
     parser.add_argument("--profile", action="store_true", help="of train: where the time of an epoch goes")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
     args = parser.parse_args()
