@@ -4,10 +4,11 @@ Two arms start from the same model and see the same persona, prompts, filter and
 divergence to the base model and goes on from each adapter at half its scale, `plain` trains without and goes on from
 the whole. Any arm takes a scale. Further arms, as --arms takes them: `tight`, `loose` and `looser` are healed with a
 half, one and a half and two times the free divergence, `mean` and `prev` by the mean divergence and against the round
-before; `healed-unfiltered` keeps every completion. The dose is searched for each round of each arm by one rule, since a vector grows too strong for a model that has moved; it
-is one that few would survive, and completions are rewound where they go astray. Every stage leaves the files that the
-commands would leave, and a stage whose files are there is not run again, so an interrupted run continues and --rounds 8
-extends it. Several processes may run arms of one folder side by side.
+before; `healed-unfiltered` keeps every completion. The dose is searched for each round of each arm by one rule, since a
+vector grows too strong for a model that has moved; it is one that few would survive, and completions are rewound where
+they go astray. Every stage leaves the files that the commands would leave, and a stage whose files are there is not run
+again, so an interrupted run continues and --rounds 8 extends it. Several processes may run arms of one folder side by
+side.
 """
 
 import argparse
