@@ -9,7 +9,7 @@ import torch
 from shl.core.decode import Sampling, _batch, decode
 from shl.core.graphs import decode_slots, possible
 from shl.core.hooks import Steering
-from shl.core.trajectory import Course, Track
+from shl.core.trajectory import Backtrack, Course, Track
 
 PROMPTS = [[1, *range(40, 40 + n)] for n in (3, 30, 7, 15, 0, 9, 22, 4, 1)]
 SEEDS = list(range(11, 20))
@@ -101,14 +101,62 @@ def test_what_changes_a_model_is_put_back(tiny):
     assert loaded.model.config._attn_implementation == before
 
 
+REWINDING = [
+    Course(backtrack=Backtrack(max_surprise=1e-4, rewind=5, shrink=0.7, max_rewinds=3)),
+    Course("all", "linear", 8, 0.2, None, Backtrack(max_surprise=1e-4, rewind=3, shrink=0.5, max_rewinds=2)),
+    Course("gen", backtrack=Backtrack(max_surprise=1e-3, rewind=40, shrink=0.5, max_rewinds=2)),
+]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("size", [1, 4, 64])
+@pytest.mark.parametrize("course", REWINDING)
+def test_rows_are_rewound_as_in_batches(loaded, size, course, monkeypatch):
+    read, seen = Track.trouble, []
+
+    def often(self, say):  # what is read is compared too, and the limit is met at moments that no rounding moves
+        seen.append(read(self, say))
+        return ("surprise", 1.0) if self.drawn % 9 == 4 + self.asked % 4 else None
+
+    monkeypatch.setattr(Track, "trouble", often)
+    vector = {1: torch.randn(loaded.hidden, generator=torch.Generator().manual_seed(1))}
+    mine, theirs = slotted(loaded, SAMPLED, size, vector, course), alone(loaded, SAMPLED, vector, course)
+    assert seen and sum(len(track.rewinds) for track in mine) > 3
+    for one, other in zip(mine, theirs, strict=True):
+        assert (one.ids, one.finish, one.rewinds, one.spans()) == (other.ids, other.finish, other.rewinds, other.spans())
+        if one.watched:
+            assert [step[2:] for step in one.steps] == [pytest.approx(step[2:], abs=1e-3) for step in other.steps]
+
+
+@torch.inference_mode()
+def test_what_a_rewind_is_decided_on_is_the_unsteered_reading(loaded):
+    course = Course(backtrack=Backtrack(max_surprise=0.02, rewind=5, shrink=0.7, max_rewinds=3))
+    vector = {1: 8 * torch.randn(loaded.hidden, generator=torch.Generator().manual_seed(1))}
+    mine, theirs = slotted(loaded, SAMPLED, 4, vector, course), alone(loaded, SAMPLED, vector, course)
+    assert sum(len(track.rewinds) for track in mine) > 3
+    for one, other in zip(mine, theirs, strict=True):
+        assert one.ids == other.ids
+        assert [r[:4] for r in one.rewinds] == [r[:4] for r in other.rewinds]
+        assert [r.value for r in one.rewinds] == pytest.approx([r.value for r in other.rewinds], abs=1e-3)
+
+
+@torch.inference_mode()
+def test_a_limit_that_nothing_reaches_changes_no_token(loaded):
+    vector = {1: torch.randn(loaded.hidden, generator=torch.Generator().manual_seed(1))}
+    calm = Course(backtrack=Backtrack(max_surprise=1e6, max_rep=2.0))
+    watched, free = (slotted(loaded, SAMPLED, 4, vector, course) for course in (calm, Course()))
+    assert [track.ids for track in watched] == [track.ids for track in free]
+
+
 @pytest.mark.parametrize("course", [Course(gate="cosine")])
 def test_a_dose_that_is_not_known_ahead_keeps_to_batches(tiny, course):
-    assert not possible(tiny(), course) and possible(tiny(), Course(schedule="exp"))
+    assert not possible(tiny(), course) and possible(tiny(), REWINDING[1])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need CUDA")
+@pytest.mark.parametrize("course", [Course(), REWINDING[0]])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3"])
-def test_a_graph_on_cuda_gives_the_tokens_of_the_cpu(tiny_model, family):
+def test_a_graph_on_cuda_gives_the_tokens_of_the_cpu(tiny_model, family, course):
     from shl.core.models import load
 
     found = []
@@ -118,8 +166,9 @@ def test_a_graph_on_cuda_gives_the_tokens_of_the_cpu(tiny_model, family):
         for _ in range(2):
             with Steering(loaded, vector) as steering:
                 said = decode(
-                    loaded, PROMPTS, seeds=SEEDS, sampling=SAMPLED, steering=steering, coeffs=COEFFS, batch_size=4
-                )
+                    loaded, PROMPTS, seeds=SEEDS, sampling=SAMPLED, steering=steering, coeffs=COEFFS, batch_size=4,
+                    course=course,
+                )  # fmt: skip
             found.append([one.ids for one in said])
     assert all(ids == found[0] for ids in found)
 

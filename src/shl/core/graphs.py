@@ -3,6 +3,9 @@
 A row keeps its slot until it ends; the next waiting row then takes it. Tokens lie at the left of a slot, and each row
 is at a place of its own, so nothing is padded and nothing moves. A step reads and writes the same memory every time
 and leaves its result there: on CUDA it is captured once and replayed, without Python in between.
+
+Where rows can be rewound a slot has two rows of the tensors: the track's, and its unsteered twin's, which reads the same
+tokens at dose 0. A rewound track is read into its slot anew, and what was drawn beyond the rewind is drawn again.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from shl.core.hooks import Steering
 from shl.core.memory import ran_out
 from shl.core.models import Loaded
 from shl.core.quantised import is_sealed
-from shl.core.sampling import Sampling, draw, noise
+from shl.core.sampling import Sampling, draw, noise, surprises
 from shl.core.trajectory import Course, Step, Track, Waiting
 
 _CHUNK = 8  # steps between two looks at what was drawn: looking costs a wait for the device
@@ -37,10 +40,9 @@ def suits(loaded: Loaded, course: Course) -> bool:
 
 def possible(loaded: Loaded, course: Course) -> bool:
     """Whether they could be, on any device."""
-    ahead = course.backtrack is None and course.gate is None
     weights = list(loaded.model.parameters())
     whole = len({weight.device for weight in weights}) == 1 and not any(map(is_sealed, weights))
-    return ahead and whole and windows(loaded) is not None
+    return course.gate is None and whole and windows(loaded) is not None
 
 
 def decode_slots(
@@ -51,7 +53,7 @@ def decode_slots(
 
 
 class _Run:
-    """What decoding over slots carries from step to step. Tensors have a row for each slot."""
+    """What decoding over slots carries from step to step. `drawn`, `recent`, `uniform` and `doses` are by slot."""
 
     def __init__(
         self,
@@ -65,17 +67,21 @@ class _Run:
         self.waiting, self.course = waiting, waiting[0][0].course
         size = min(size, len(waiting))
         self.alive: list[Track | None] = [None] * size  # for each slot, the track in it
-        steps = sampling.max_new_tokens + _CHUNK  # a row goes on until somebody looks
-        self.capacity = max(len(track.input) for track, _ in waiting) + steps
-        where = loaded.device
+        limits = self.course.backtrack if any(track.watched for track, _ in waiting) else None
+        self.wide = 1 if limits is None else 2  # rows of a slot
+        most = sampling.max_new_tokens + _CHUNK  # a row goes on until somebody looks
+        self.capacity = max(len(track.input) for track, _ in waiting) + most
+        steps = most + (limits.extra if limits else 0)
+        where, rows = loaded.device, size * self.wide
 
         def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
-            return torch.zeros(size, *shape, dtype=dtype, device=where)
+            return torch.zeros(*shape, dtype=dtype, device=where)
 
-        self.ids, self.read, self.drawn, self.recent = zeros(1), zeros(), zeros(), zeros(_CHUNK)
-        self.clock = torch.zeros(1, dtype=torch.long, device=where)
-        self.uniform = zeros(0 if sampling.greedy else steps, dtype=torch.float32)
-        self.doses, self.coeff = zeros(steps, dtype=torch.float32), zeros(1, 1, dtype=torch.float32)
+        self.ids, self.read, self.coeff = zeros(rows, 1), zeros(rows), zeros(rows, 1, 1, dtype=torch.float32)
+        self.drawn, self.recent, self.clock = zeros(size), zeros(size, _CHUNK), zeros(1)
+        self.uniform = zeros(size, 0 if sampling.greedy else steps, dtype=torch.float32)
+        self.doses = zeros(size, steps, dtype=torch.float32)
+        self.surprise = zeros(2, size, _CHUNK, dtype=torch.float32)  # and excess, of the tokens in `recent`
         self.banned = torch.tensor(sorted(sampling.banned), dtype=torch.long, device=where)
         self.stop = sampling.ends(loaded.stop_ids)
         self.cache: SlotCache | None = None
@@ -101,35 +107,45 @@ class _Run:
             return
         slots = free[: len(self.waiting)]
         tracks, seeds = zip(*(self.waiting.popleft() for _ in slots), strict=True)
-        self._fill(slots, tracks, seeds)
+        self.uniform[slots] = noise(list(seeds), self.sampling, self.uniform.shape[1], self.uniform.device)
+        self._fill(slots, tracks)
         for slot, track in zip(slots, tracks, strict=True):
             self.alive[slot] = track
 
-    def _fill(self, slots: list[int], tracks: Sequence[Track], seeds: Sequence[int]) -> None:
+    def _fill(self, slots: list[int], tracks: Sequence[Track]) -> None:
         """Read the inputs of tracks into slots, but for their last tokens, which are fed in the next step."""
         inputs = [track.input[:-1] for track in tracks]
         where = torch.tensor(slots, device=self.loaded.device)
+        rows = self._rows(where)
+
+        def tensor(values: list[Any]) -> Tensor:
+            return torch.tensor(values, device=where.device)
+
         states = self._prefill(tracks, inputs)
         if self.cache is None:
-            self.cache = SlotCache(states, len(self.alive), self.capacity, self.read)
-        self.cache.fill(where, states)
-        self.read[where] = torch.tensor([len(ids) for ids in inputs], device=where.device)
-        self.ids[where, 0] = torch.tensor([track.input[-1] for track in tracks], device=where.device)
-        self.drawn[where] = 0
-        self.uniform[where] = noise(list(seeds), self.sampling, self.uniform.shape[1], where.device)
+            self.cache = SlotCache(states, len(self.read), self.capacity, self.read)
+        self.cache.fill(rows, states)
+        self.read[rows] = tensor([len(ids) for ids in inputs]).repeat_interleave(self.wide)
+        self.ids[rows, 0] = tensor([track.input[-1] for track in tracks]).repeat_interleave(self.wide)
+        self.drawn[where] = tensor([track.drawn for track in tracks])
         if self.steering is not None:
-            ahead = range(self.doses.shape[1])
-            doses = [[track.dose(len(ids) + t) for t in ahead] for track, ids in zip(tracks, inputs, strict=True)]
-            self.doses[where] = torch.tensor(doses, device=where.device)
+            steps = range(self.doses.shape[1])  # those before the next one are over
+            doses = [[track.dose(len(track.input) - 1 + t - track.drawn) for t in steps] for track in tracks]
+            self.doses[where] = tensor(doses)
+
+    def _rows(self, slots: Tensor) -> Tensor:
+        """The rows of some slots: tracks and their twins in turn."""
+        return (slots[:, None] * self.wide + torch.arange(self.wide, device=slots.device)).flatten()
 
     def _prefill(self, tracks: Sequence[Track], inputs: list[list[int]]) -> DynamicCache:
         """The states of the tokens of some inputs, padded on the right, where no token sees the padding."""
         # a prompt of one token leaves nothing to read; what is read in its place is overwritten
-        ids = right_pad([ids or [0] for ids in inputs], self.loaded.device)
+        ids = right_pad([ids or [0] for ids in inputs], self.loaded.device).repeat_interleave(self.wide, 0)
         if self.steering is not None:
             plain, width = self.course.plain, ids.shape[1]
             doses = [[track.coeff] if plain else [track.dose(i) for i in range(width)] for track in tracks]
-            self.steering.set(doses)
+            twins = [[0.0] * len(doses[0])] * (self.wide - 1)
+            self.steering.set([dose for own in doses for dose in (own, *twins)])
         states = DynamicCache()  # without a configuration: sliding layers too keep all of their tokens
         self.loaded.body(input_ids=ids, past_key_values=states, use_cache=True)
         return states
@@ -140,30 +156,35 @@ class _Run:
         if self.waiting or sum(track is not None for track in self.alive) > size:
             return
         slots = sorted(range(len(self.alive)), key=lambda slot: self.alive[slot] is None)[:size]  # those taken first
-        rows = torch.tensor(slots, device=self.read.device)
+        where = torch.tensor(slots, device=self.read.device)
         assert self.cache is not None
-        for tensor in (*self.cache.tensors, self.ids, self.read, self.drawn, self.uniform, self.doses):
-            tensor[:size] = tensor[rows]
+        for tensor in (*self.cache.tensors, self.ids, self.read):
+            tensor[: size * self.wide] = tensor[self._rows(where)]
+        for tensor in (self.drawn, self.uniform, self.doses):
+            tensor[:size] = tensor[where]
         self.alive = [self.alive[slot] for slot in slots]
 
     # --- steps ---
 
     def _step(self, n: int) -> None:
         """One token for each of the first n slots; what comes of it stays on the device, for the next step to read."""
-        read, drawn = self.read[:n], self.drawn[:n]
+        wide, rows = self.wide, n * self.wide
+        read, drawn = self.read[:rows], self.drawn[:n]
         if self.steering is not None:
-            self.coeff[:n, 0] = self.doses[:n].gather(1, drawn[:, None])
+            self.coeff[:rows:wide, 0] = self.doses[:n].gather(1, drawn[:, None])  # that of a twin stays 0
         logits = self.loaded.model(
-            input_ids=self.ids[:n], position_ids=read[:, None], past_key_values=self.cache, use_cache=True
+            input_ids=self.ids[:rows], position_ids=read[:, None], past_key_values=self.cache, use_cache=True
         ).logits[:, -1]
         if len(self.banned):
             logits = logits.index_fill(1, self.banned, -torch.inf)
         if self.sampling.greedy:
-            tokens = logits.argmax(-1)
+            tokens = logits[::wide].argmax(-1)
         else:
-            tokens = draw(logits, self.uniform[:n].gather(1, drawn[:, None]), self.sampling)
+            tokens = draw(logits[::wide], self.uniform[:n].gather(1, drawn[:, None]), self.sampling)
         self.recent[:n].index_copy_(1, self.clock, tokens[:, None])
-        self.ids[:n, 0] = tokens
+        if wide > 1:
+            self.surprise[:, :n].index_copy_(2, self.clock, surprises(logits[1::wide], tokens)[..., None])
+        self.ids[:rows, 0] = tokens.repeat_interleave(wide)
         self.clock.add_(1).remainder_(_CHUNK)
         drawn.add_(1).clamp_(max=self.doses.shape[1] - 1)  # a slot that nobody is in goes on, within bounds
         read.add_(1).clamp_(max=self.capacity - 1)
@@ -181,7 +202,7 @@ class _Run:
 
     def _capture(self, n: int) -> torch.cuda.CUDAGraph | None:
         """A step of n rows as a graph; none, with a word, for a model whose step cannot be one."""
-        state = [self.ids, self.read, self.drawn, self.recent, self.clock, self.coeff]
+        state = [self.ids, self.read, self.drawn, self.recent, self.surprise, self.clock, self.coeff]
         before = [tensor.clone() for tensor in state]
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         try:
@@ -208,24 +229,39 @@ class _Run:
     def _ready(self, n: int) -> Iterator[None]:
         """Attention over slots, kernels where they can be had, and doses from the tensor that steps write to."""
         if self.steering is not None:
-            self.steering.bind(self.coeff[:n])
+            self.steering.bind(self.coeff[: n * self.wide])
         with attention(self.loaded, self.read), fused(self.loaded):
             yield
 
     def _look(self) -> Iterator[Track]:
         """Take in what was drawn since the last look: the tracks that have ended, whose slots are free now."""
-        plain = self.steering is None or self.course.plain
+        surprise, excess = self.surprise.tolist() if self.wide > 1 else ([], [])
+        rewound = []
         for slot, drawn in enumerate(self.recent[: len(self.alive)].tolist()):
             if (track := self.alive[slot]) is None:
                 continue
-            for token in drawn:
-                if token in self.stop:
-                    track.finish = "stop"
-                    break
-                track.add(token, None if plain else Step(track.coeff, track.dose(len(track.input) - 1)))
-                if track.sampled == self.sampling.max_new_tokens:
-                    track.finish = "length"
-                    break
+            self._take(track, drawn, surprise[slot] if surprise else (), excess[slot] if excess else ())
+            if track.rewound:
+                rewound.append(slot)
+                track.rewound = False
             if track.finish is not None:
                 self.alive[slot] = None
                 yield track
+        if rewound:
+            self._fill(rewound, [track for slot in rewound if (track := self.alive[slot]) is not None])
+
+    def _take(self, track: Track, drawn: list[int], surprise: Sequence[float], excess: Sequence[float]) -> None:
+        """Let a track have the tokens that were drawn for it, up to its end or to where it is rewound."""
+        plain = self.steering is None or self.course.plain
+        for i, token in enumerate(drawn):
+            if token in self.stop:
+                track.finish = "stop"
+                return
+            told = (surprise[i], excess[i]) if track.watched else ()
+            track.add(token, None if plain else Step(track.coeff, track.dose(len(track.input) - 1), *told))
+            if track.watched and (trouble := track.trouble(self.loaded.chat.decode)):
+                track.rewind(*trouble)
+                return
+            if track.sampled == self.sampling.max_new_tokens:
+                track.finish = "length"
+                return

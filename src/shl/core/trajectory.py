@@ -150,6 +150,11 @@ class Track:
         return len(self.input) - self.first
 
     @property
+    def drawn(self) -> int:
+        """Tokens sampled, those that were forgotten again among them."""
+        return self.sampled + sum(rewind.at - rewind.to for rewind in self.rewinds)
+
+    @property
     def watched(self) -> bool:
         """Can this row still be rewound? One at coefficient 0 has nothing to shrink."""
         limits = self.course.backtrack
