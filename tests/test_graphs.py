@@ -123,7 +123,8 @@ def test_rows_are_rewound_as_in_batches(loaded, size, course, monkeypatch):
     mine, theirs = slotted(loaded, SAMPLED, size, vector, course), alone(loaded, SAMPLED, vector, course)
     assert seen and sum(len(track.rewinds) for track in mine) > 3
     for one, other in zip(mine, theirs, strict=True):
-        assert (one.ids, one.finish, one.rewinds, one.spans()) == (other.ids, other.finish, other.rewinds, other.spans())
+        assert (one.ids, one.finish, one.rewinds) == (other.ids, other.finish, other.rewinds)
+        assert one.spans() == other.spans()
         if one.watched:
             assert [step[2:] for step in one.steps] == [pytest.approx(step[2:], abs=1e-3) for step in other.steps]
 

@@ -30,7 +30,7 @@ def test_the_folder_is_complete_and_never_replaced(tmp_path):
     assert (
         "MODEL   ?= google/gemma-3-4b-it\n" in text
         and "AXIS    ?= humanity\n" in text
-        and "@" not in text.split("SHELL")[0]
+        and not re.search("@[A-Z]", text.split("SHELL")[0])  # everything is filled in
     )
     assert len(read_prompts(tmp_path / "run/prompts.jsonl")) == 128
     with pytest.raises(ShlError):
@@ -53,8 +53,12 @@ def test_make_runs_every_step_of_every_arm(tmp_path):
     assert counts == {"vector": 4, "gen": 4, "filter": 4, "train": 4, "eval": 2 + 8, "plot": 1, "report": 1}
     assert steps[-2:] == ["plot", "report"]
     later = [line for line in lines if "/r1/" in line and line.split()[1] in ("vector", "train")]
-    assert later and all("--adapter ./" in line and "/r0/adapter" in line for line in later)
-    assert sum("--reg nll" in line for line in lines) == 2
+    assert [re.search(r"--adapter (\S+)", line)[1] for line in later] == [
+        *["./healed@0.5/r0/adapter:0.5"] * 2, *["./plain/r0/adapter"] * 2
+    ]  # fmt: skip
+    ends = [line for line in lines if line.endswith("-o healed@0.5/r1/eval.json")]
+    assert len(ends) == 1 and "--adapter healed@0.5/r1/adapter:0.5 " in ends[0]
+    assert sum("--reg kl_rev" in line for line in lines) == sum("--reg nll" in line for line in lines) == 2
     assert len(plan("ROUNDS=5", "ARMS=plain", cwd=tmp_path / "run")) == 2 + 5 * 6 + 2
 
 
@@ -77,7 +81,7 @@ def test_more_rounds_go_on_from_the_last(tmp_path):
     create(run, rounds=2)
     names = ["base.json", "prompted.json"]
     parts = ("v.safetensors", "completions.jsonl", "keep.jsonl", "adapter/shl.json", "steered.json", "eval.json")
-    names += [f"{arm}/r{turn}/{part}" for arm in ("healed", "plain") for turn in (0, 1) for part in parts]
+    names += [f"{arm}/r{turn}/{part}" for arm in ("healed@0.5", "plain") for turn in (0, 1) for part in parts]
     for at, name in enumerate([*names, "trajectory.png", "report.html"]):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).touch()

@@ -168,6 +168,31 @@ def test_a_loop_is_seen_in_order():
     assert all(float(aggregate(torch.full((60,), 0.03), agg)) == pytest.approx(0.03, rel=1e-4) for agg in AGGS)
 
 
+@pytest.mark.parametrize("agg", ["mean", "rmse"])
+def test_a_short_completion_counts_as_one_that_goes_on_without_divergence(agg):
+    """With `shortest`, one word that changes weighs what it weighs in a text of that length; longer ones are as ever."""
+    kl = torch.tensor([2.0, 0.5, 0.0])
+    longer = torch.cat([kl, torch.zeros(13)])
+    assert float(aggregate(kl, agg, 16)) == pytest.approx(float(aggregate(longer, agg)))
+    assert float(aggregate(longer, agg, 16)) == pytest.approx(float(aggregate(longer, agg)))
+    assert float(aggregate(longer, agg, 4)) == float(aggregate(longer, agg))
+    nll = torch.ones(19)
+    parts = combine(nll, torch.cat([kl, longer]), [3, 16], "kl_rev", agg, 1.0, 0.3, shortest=16)
+    assert parts.fired[0] == parts.fired[1]
+    assert combine(nll[:3], kl, [3], "kl_rev", agg, 1.0, 0.3).fired == [True]
+
+
+def test_shortest_is_in_the_loss_of_a_training(tiny, tmp_path):
+    """Long enough a floor takes the barrier away; where nothing can be averaged it is refused."""
+    cfg = replace(FAST, reg="kl_rev", agg="rmse", tau=0.05, lam=3.0)
+    held, free = (heal(tiny(), make_records(), replace(cfg, shortest=n), tmp_path / f"{n}") for n in (1, 10**9))
+    assert held.rows[-1]["barrier_active"] > 0 and free.rows[-1]["barrier_active"] == 0
+    nll = heal(tiny(), make_records(), replace(cfg, reg="nll"), tmp_path / "nll")
+    assert free.digest != held.digest and free.rows[-1]["nll"] == pytest.approx(nll.rows[-1]["nll"], rel=1e-4)
+    with pytest.raises(ShlError, match="shortest does nothing to agg max"):
+        heal(tiny(), make_records(), replace(cfg, agg="max", shortest=2), tmp_path / "x")
+
+
 @pytest.mark.parametrize("agg", AGGS)
 def test_divergence_is_zero_and_its_gradient_finite_at_step_zero(tiny, agg):
     loaded = tiny()

@@ -486,6 +486,8 @@ def shl(monkeypatch, capfd, tmp_path, loaded, vector):
         ["--coeff", "auto"],
         ["--vec", "v.safetensors", "--survival", "0.5"],
         ["--vec", "v.safetensors", "--coeff", "auto", "--survival", "0.5", "--target-kl", "1"],
+        ["--vec", "v.safetensors", "--to-ceiling"],
+        ["--vec", "v.safetensors", "--coeff", "auto", "--target-kl", "1", "--to-ceiling"],
         ["--vec", "v.safetensors", "--final", "0.5"],
         ["--vec", "v.safetensors", "--shrink", "0.5"],
         ["--vec", "v.safetensors", "--scope", "some"],
@@ -533,4 +535,16 @@ def test_auto_generates_at_the_dose_that_is_found(shl, vector, loaded, monkeypat
 
 def test_a_dose_that_is_not_found_says_how_to_go_on(shl):
     code, _, err = shl("--vec", "v.safetensors", "--coeff", "auto", "--target-kl", 1e6)
-    assert code == 1 and "hint: search it with shl dose" in err
+    assert code == 1 and "hint: search it with shl dose" in err and "--to-ceiling" not in err
+
+
+def test_a_dose_at_the_ceiling_is_taken_when_that_is_asked_for(shl, vector):
+    from shl.core.defaults import DoseConfig
+    from shl.dose import ceiling
+
+    auto = ["--vec", "v.safetensors", "--coeff", "auto", "--survival", 0]
+    code, _, err = shl(*auto)
+    assert code == 1 and "or take the highest with --to-ceiling" in err
+    code, rows, err = shl(*auto, "--to-ceiling")
+    assert code == 0, err
+    assert {row["coeff"] for row in rows} == {0.0, float(f"{ceiling(vector, DoseConfig()):.4g}")}

@@ -118,7 +118,8 @@ def _check(loaded: Loaded, cfg: TrainConfig, out: Path, force: bool) -> None:
     for name, value, known in (("reg", cfg.reg, REGS), ("agg", cfg.agg, AGGS), ("ref", cfg.ref, ("base", "prev"))):
         if value not in known:
             raise ShlError(f"unknown {name} {value!r}", hint=f"use --{name} {'|'.join(known)}")
-    counts = {"rank": cfg.rank, "epochs": cfg.epochs, "batch-size": cfg.batch_size, "grad-accum": cfg.grad_accum}
+    counts = {"rank": cfg.rank, "epochs": cfg.epochs, "batch-size": cfg.batch_size, "grad-accum": cfg.grad_accum,
+              "shortest": cfg.shortest}  # fmt: skip
     for name, count in counts.items():
         if count < 1:
             raise ShlError(f"{name} is {count}", hint=f"use --{name} 1 or more")
@@ -127,6 +128,8 @@ def _check(loaded: Loaded, cfg: TrainConfig, out: Path, force: bool) -> None:
     for name, count in {"ref-top-k": cfg.ref_top_k, "patience": cfg.patience, "on-policy": cfg.on_policy}.items():
         if count < 0:
             raise ShlError(f"{name} is {count}", hint=f"use --{name} 0 or more")
+    if cfg.shortest > 1 and cfg.agg not in ("mean", "rmse"):
+        raise ShlError(f"shortest does nothing to agg {cfg.agg}", hint="use --agg mean or rmse")
     if cfg.lam_decay < 0:
         raise ShlError(f"lam-decay is {cfg.lam_decay:g}", hint="use --lam-decay 0 or more")
     refuse_away(loaded, "nothing can be trained on it", "use --dtype bfloat16, more GPUs, or --device cpu")

@@ -73,6 +73,9 @@ def command(
     target_kl: Annotated[
         float | None, Option(metavar="NATS", min=0, help="With auto: KL to the unsteered model to reach instead.")
     ] = None,
+    to_ceiling: Annotated[
+        bool | None, Option("--to-ceiling", help="With auto: the highest dose tried, where enough survive even that.")
+    ] = None,
     scope: Annotated[
         Literal["all", "prompt", "gen"] | None, Option(help=f"Positions that are steered. [{GenConfig.scope}]")
     ] = None,
@@ -178,7 +181,11 @@ def command(
         raise usage("--survival and --target-kl go with --coeff auto")
     if survival is not None and target_kl is not None:
         raise usage("give one of --survival and --target-kl")
+    if to_ceiling and (not auto or target_kl is not None):
+        raise usage("goes with --coeff auto, by survival", "--to-ceiling")
     aim = {"kl": target_kl} if target_kl is not None else {"survival": SURVIVAL if survival is None else survival}
+    if to_ceiling:
+        aim["to_ceiling"] = True
     # auto, and no vector at all, take no advice on coefficients: a stand-in says so
     coeffs = GenConfig.coeffs if auto or (vec is None and coeff is None) else numbers(coeff, "--coeff")
     artifact = vector_header(vec) if vec is not None else None
@@ -259,10 +266,13 @@ def _search(
             dose = by_kl(loaded, vector, prompts, aim["kl"], probe, system=cfg.system)
             met = f"KL to the unsteered model is {dose.value:.3g} nats"
         else:
-            dose = by_survival(loaded, vector, prompts, aim["survival"], probe, gen=replace(cfg, backtrack=False))
+            gen, to = replace(cfg, backtrack=False), bool(aim.get("to_ceiling"))
+            dose = by_survival(loaded, vector, prompts, aim["survival"], probe, gen=gen, to_ceiling=to)
             met = f"{dose.value:.0%} of the probe survive the filter"
     except ShlError as error:
+        above = error.code != 3 and "survival" in aim
         error.hint = "search it with shl dose, which has --ceiling, and give --coeff 0,X"
+        error.hint += ", or take the highest with --to-ceiling" if above else ""
         raise
     console.note(f"coefficient {dose.coeff:.4g}, at which {met}")
     return float(f"{dose.coeff:.4g}")

@@ -38,6 +38,10 @@ def command(
     tau: Annotated[
         float | None, Option(metavar="NATS", min=0, help=f"Divergence that is free. [{TrainConfig.tau:g}]")
     ] = None,
+    shortest: Annotated[
+        int | None,
+        Option(metavar="N", min=1, help=f"The barrier takes shorter ones as N tokens long. [{TrainConfig.shortest}]"),
+    ] = None,
     ref_: Annotated[
         str | None, Option("--ref", help=f"Reference of the barrier: base or prev. [{TrainConfig.ref}]")
     ] = None,
@@ -122,8 +126,8 @@ def command(
     artifact = _origin(rows, bool(allow_mismatch))
     where = Where(model, revision, adapter, no_parents, allow_mismatch, trust_remote_code, device, dtype)
     ref = find_model(where, artifact)
-    flags = {"reg": reg, "agg": agg, "lam": lam, "lam_decay": lam_decay, "tau": tau, "ref": ref_,
-             "ref_top_k": ref_top_k, "checkpointing": checkpointing, "patience": patience, "on_policy": on_policy,
+    flags = {"reg": reg, "agg": agg, "lam": lam, "lam_decay": lam_decay, "tau": tau, "shortest": shortest,
+             "ref": ref_, "ref_top_k": ref_top_k, "checkpointing": checkpointing, "patience": patience, "on_policy": on_policy,
              "weight_decay": weight_decay,
              "spectral": spectral, "rank": rank, "alpha": alpha, "targets": tuple(target) if target else None,
              "layers": layers, "lr": lr, "warmup": warmup, "epochs": epochs, "grad_accum": grad_accum,

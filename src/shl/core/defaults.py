@@ -107,6 +107,7 @@ class TrainConfig:
     lam: float = 1.0
     lam_decay: float = 1.0  # lam is multiplied by this for each adapter of the chain trained on
     tau: float = 0.5
+    shortest: int = 1  # a completion of fewer tokens counts as one of that many in agg mean and rmse
     ref: str = "base"
     ref_top_k: int = 0  # tell apart only the reference's likeliest tokens; 0: the whole vocabulary
     weight_decay: float = 0.0

@@ -4,8 +4,8 @@ A row keeps its slot until it ends; the next waiting row then takes it. Tokens l
 is at a place of its own, so nothing is padded and nothing moves. A step reads and writes the same memory every time
 and leaves its result there: on CUDA it is captured once and replayed, without Python in between.
 
-Where rows can be rewound a slot has two rows of the tensors: the track's, and its unsteered twin's, which reads the same
-tokens at dose 0. A rewound track is read into its slot anew, and what was drawn beyond the rewind is drawn again.
+Where rows can be rewound a slot has two rows of the tensors: the track's, and its unsteered twin's, which reads the
+same tokens at dose 0. A rewound track is read into its slot anew, and what was drawn beyond the rewind is drawn again.
 """
 
 from __future__ import annotations

@@ -62,12 +62,17 @@ def _with_rest(log_p: Tensor) -> Tensor:
     return torch.cat([log_p, rest.log()], 1)
 
 
-def aggregate(kl: Tensor, agg: str) -> Tensor:
-    """One number for the divergences along a sequence."""
+def aggregate(kl: Tensor, agg: str, shortest: int = 1) -> Tensor:
+    """One number for the divergences along a sequence; means are over `shortest` positions at least.
+
+    One word that says the trait is all of a short completion, and a few percent of a long one: with `shortest` the
+    barrier lets the one word change as much as it lets one of many.
+    """
+    n = max(len(kl), shortest)
     if agg == "mean":
-        return kl.mean()
+        return kl.sum() / n
     if agg == "rmse":
-        return (kl.square().mean() + EPS).sqrt()
+        return (kl.square().sum() / n + EPS).sqrt()
     if agg == "p95":
         return kl.quantile(0.95)
     if agg == "max":
@@ -83,10 +88,13 @@ class Losses(NamedTuple):
     fired: list[bool]
 
 
-def combine(nll: Tensor, kl: Tensor, lengths: Sequence[int], reg: str, agg: str, lam: float, tau: float) -> Losses:
+def combine(
+    nll: Tensor, kl: Tensor, lengths: Sequence[int], reg: str, agg: str, lam: float, tau: float,
+    shortest: int = 1,
+) -> Losses:  # fmt: skip
     """Per sequence: mean nll, and the hinge on its aggregated divergence. Then means over sequences."""
     per_nll = torch.stack([one.mean() for one in nll.split(list(lengths))])
     if reg == "nll":
         return Losses(per_nll.mean(), nll.new_zeros(()), [False] * len(lengths))
-    excess = torch.stack([aggregate(one, agg) for one in kl.split(list(lengths))]) - tau
+    excess = torch.stack([aggregate(one, agg, shortest) for one in kl.split(list(lengths))]) - tau
     return Losses(per_nll.mean(), lam * excess.relu().mean(), (excess > 0).tolist())

@@ -200,7 +200,7 @@ class Run:
         cfg = self.cfg
         nll, kl = self._tokens(batch, self.barrier)
         lengths = [len(one.completion) for one in batch]
-        losses = combine(nll, kl, lengths, cfg.reg, cfg.agg, self.lam, cfg.tau)
+        losses = combine(nll, kl, lengths, cfg.reg, cfg.agg, self.lam, cfg.tau, cfg.shortest)
         self._finite((losses.nll + losses.barrier).detach())
         grads, pressure = _gradient(losses, lora, apart=seen.pressure is None and self.barrier)
         per_row = [float(one.mean()) for one in nll.detach().split(lengths)]
