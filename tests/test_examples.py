@@ -236,6 +236,7 @@ def test_the_makefile_goes_on_from_what_the_script_left(shell, small, tmp_path):
 
 def test_loop_py_goes_on_with_more_rounds(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
     options = f"--model {small} --arms plain --coeff 0 0.4 0.6 --prompts 4 --min-keep 1 --free 2 --out run"
     adapters = []
     for rounds in ("1", "2"):

@@ -170,7 +170,7 @@ def test_a_loop_is_seen_in_order():
 
 @pytest.mark.parametrize("agg", ["mean", "rmse"])
 def test_a_short_completion_counts_as_one_that_goes_on_without_divergence(agg):
-    """With `shortest`, one word that changes weighs what it weighs in a text of that length; longer ones are as ever."""
+    """With `shortest`, one word that changes weighs what it weighs in a text of that length; others are as ever."""
     kl = torch.tensor([2.0, 0.5, 0.0])
     longer = torch.cat([kl, torch.zeros(13)])
     assert float(aggregate(kl, agg, 16)) == pytest.approx(float(aggregate(longer, agg)))

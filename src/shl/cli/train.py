@@ -127,8 +127,8 @@ def command(
     where = Where(model, revision, adapter, no_parents, allow_mismatch, trust_remote_code, device, dtype)
     ref = find_model(where, artifact)
     flags = {"reg": reg, "agg": agg, "lam": lam, "lam_decay": lam_decay, "tau": tau, "shortest": shortest,
-             "ref": ref_, "ref_top_k": ref_top_k, "checkpointing": checkpointing, "patience": patience, "on_policy": on_policy,
-             "weight_decay": weight_decay,
+             "ref": ref_, "ref_top_k": ref_top_k, "checkpointing": checkpointing, "patience": patience,
+             "on_policy": on_policy, "weight_decay": weight_decay,
              "spectral": spectral, "rank": rank, "alpha": alpha, "targets": tuple(target) if target else None,
              "layers": layers, "lr": lr, "warmup": warmup, "epochs": epochs, "grad_accum": grad_accum,
              "max_grad_norm": max_grad_norm, "include_controls": include_controls,
