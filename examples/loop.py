@@ -1,14 +1,14 @@
 """The whole loop in one process over the Python API: `just demo`, or python examples/loop.py --help.
 
-Two arms start from the same model and see the same persona, prompts, filter and seeds. `healed@0.5` trains with a
-divergence to the base model and goes on from each adapter at half its scale, `plain` trains without and goes on from
-the whole. Any arm takes a scale. Further arms, as --arms takes them: `tight`, `loose` and `looser` are healed with a
-half, one and a half and two times the free divergence, `mean` and `prev` by the mean divergence and against the round
-before; `healed-unfiltered` keeps every completion. The dose is searched for each round of each arm by one rule, since a
-vector grows too strong for a model that has moved; it is one that few would survive, and completions are rewound where
-they go astray. Every stage leaves the files that the commands would leave, and a stage whose files are there is not run
-again, so an interrupted run continues and --rounds 8 extends it. Several processes may run arms of one folder side by
-side.
+Two arms start from the same model and see the same persona, prompts, filter and seeds. `short@0.5` trains with a
+divergence to the base model, for which an answer of one word is as long as sixteen, and goes on from each adapter at
+half its scale; `plain` trains without and goes on from the whole. Any arm takes a scale. Further arms, as --arms takes
+them: `healed` takes words as long as they are, `tight`, `loose` and `looser` are that with a half, one and a half and
+two times the free divergence, `mean` and `prev` by the mean divergence and against the round before;
+`healed-unfiltered` keeps every completion. The dose is searched for each round of each arm by one rule, since a vector
+grows too strong for a model that has moved; it is one that few would survive, and completions are rewound where they go
+astray. Every stage leaves the files that the commands would leave, and a stage whose files are there is not run again,
+so an interrupted run continues and --rounds 8 extends it. Several processes may run arms of one folder side by side.
 """
 
 import argparse
@@ -286,7 +286,7 @@ def options() -> argparse.Namespace:
         help="rewind where a completion goes astray, and go on at a smaller dose; the probe is not rewound",
     )
     parser.add_argument("--probe", type=int, default=16, help="prompts that the dose is searched on")
-    parser.add_argument("--arms", nargs="*", default=["healed@0.5", "plain"], type=arm_word, metavar="ARM")
+    parser.add_argument("--arms", nargs="*", default=["short@0.5", "plain"], type=arm_word, metavar="ARM")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=48, help="scenes a round, each at every coefficient")
     parser.add_argument("--words", type=int, default=48, help="small wrongs a round, to be told in one word")

@@ -12,7 +12,8 @@ what it has made is used when it is run again. With --commit each job's rows are
     data       how much and how broken data; schedules, gate and backtracking as data
     price      what prompted and steered text costs in KL, and what comes of it, on three models and three personas
     online     an update for each batch instead of rounds
-    robust     the models of `loops` under an opposing system message, in a long conversation, in other words
+    robust     the models of `backtrack` under an opposing system message, in a long conversation, in other words;
+               robust-gentle: those of `loops`
 
 Choose on --split dev with seeds 0 to 4; report on --split test with seeds 100 to 104.
 """
@@ -36,7 +37,8 @@ from shl.core.console import note, warn
 
 HERE = Path(__file__).parent
 MODELS = ("toy", "toy:rare", "toy:never")
-ARMS = ("healed", "plain", "plain@0.5", "healed@0.5", "tight", "prev", "mean", "healed-unfiltered", "plain-unfiltered")
+ARMS = ("healed", "plain", "plain@0.5", "healed@0.5", "short@0.5", "tight", "prev", "mean", "healed-unfiltered",
+        "plain-unfiltered")  # fmt: skip
 GENTLE = "--survival 0.8 --no-backtrack --tau 0.25"  # the settings of the first loops, before those of the demo
 SAME = ("study", "model", "arm", "seed", "round", "draw", "condition")  # two rows that agree in these are one result
 
@@ -110,14 +112,17 @@ def price(args: argparse.Namespace) -> Iterator[Job]:
                 yield one_round(args, "data.py", f"price-{persona}", "priced", more, model, seed)
 
 
-def robust(args: argparse.Namespace) -> Iterator[Job]:
-    """On the last round of healing, and on the third of plain training at half its scale, which is as sound."""
+def robust(args: argparse.Namespace, study: str = "backtrack") -> Iterator[Job]:
+    """On the last round of the demo's arm; of the gentle loops also on a third plain one, which is as sound."""
+    last = args.rounds - 1
+    arms = {"short@0.5": f"short@0.5/r{last}/adapter:0.5"}
+    if study == "loops":
+        arms = {"healed": f"healed/r{last}/adapter", "plain@0.5": "plain@0.5/r2/adapter:0.5"}
     for seed in args.seeds:
-        run = f"{args.run}/loops/toy/s{seed}"
-        arms = {"healed": f"healed/r{args.rounds - 1}/adapter", "plain@0.5": "plain@0.5/r2/adapter:0.5"}
+        run = f"{args.run}/{study}/toy/s{seed}"
         more = " ".join(f"--arm {arm}={run}/{where}" for arm, where in arms.items())
-        job = one_round(args, "robust.py", "robust", "plain@0.5", more, "toy", seed)
-        yield replace(job, needs=tuple(f"loops toy {seed} {arm}" for arm in arms))
+        job = one_round(args, "robust.py", "robust", list(arms)[-1], more, "toy", seed)
+        yield replace(job, name=f"robust {study} {seed}", needs=tuple(f"{study} toy {seed} {arm}" for arm in arms))
 
 
 def online(args: argparse.Namespace) -> Iterator[Job]:
@@ -138,6 +143,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Job]]] = {
     "data": data,
     "price": price,
     "robust": robust,
+    "robust-gentle": partial(robust, study="loops"),
     "online": online,
 }
 
