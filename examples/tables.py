@@ -76,8 +76,13 @@ def rounds(rows: Rows, study: str, model: str, metrics: Sequence[str]) -> str:
     """References, then each arm round by round."""
     order = ("base", "prompted", *ARMS)
     mine = [row for row in select(rows, study=study, model=model) if not row.get("round") or row["round"] in SHOWN]
-    mine.sort(key=lambda row: (order.index(row["arm"]) if row["arm"] in order else 99, int(row.get("round") or -1)))
+    mine.sort(key=lambda row: (_place(row["arm"], order), row["arm"], int(row.get("round") or -1)))
     return means(mine, ("arm", "round"), metrics)
+
+
+def _place(arm: str, order: Sequence[str]) -> int:
+    """Where an arm stands; those without a place come last."""
+    return order.index(arm) if arm in order else len(order)
 
 
 def reach(rows: Rows, study: str, model: str, trait: str) -> str:
