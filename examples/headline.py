@@ -23,6 +23,7 @@ from shl.core.metrics import finite
 from shl.plot import style
 
 MORE, BROKEN, TELLS = 0.02, 0.25, 0.9
+AGAINST = ("plain", "plain@0.5", "distilled")
 BELOW = ("distilled", "placebo")  # whose names would lie on their neighbours'
 Rows = list[results.Row]
 By = dict[str, dict[int | None, dict[str, results.Row]]]  # arm -> round -> seed -> row
@@ -120,8 +121,14 @@ def told(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):+.2f} ± {half(values):.2f}"
 
 
-def table(study: Study, against: Sequence[str]) -> str:
-    """The numbers beside the figure."""
+def controls_of(rows: Rows, study: str, model: str, trait: str) -> Study | None:
+    """The one-round controls of a model, where the ledger has any."""
+    known = any(row.get("study") == study and row["model"] == model for row in rows)
+    return Study(rows, study, model, trait) if known else None
+
+
+def table(study: Study, against: Sequence[str], controls: Study | None = None) -> str:
+    """The numbers beside the figure; a difference is to an arm of the study, or else to a one-round control."""
     heads = ["arm", "T@base+2", "of the prompt's", *(f"minus {other}" for other in against), "survived", "seeds"]
     lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
     prompted = statistics.fmean(one.shift for one in study.points["prompted"][None].values())
@@ -129,7 +136,8 @@ def table(study: Study, against: Sequence[str]) -> str:
         reach, survived = study.reach(arm), study.survived(arm)
         differences = []
         for other in against:
-            theirs = study.reach(other) if other in study.points and other != arm else {}
+            where = study if controls is None or other in study.points else controls
+            theirs = where.reach(other) if other in where.points and other != arm else {}
             differences.append(told([reach[seed] - theirs[seed] for seed in reach if seed in theirs]))
         turns = len(study.points[arm])
         rounds = ", ".join(f"{n}" if n < turns else f"all {n}" for n in survived.values())
@@ -211,7 +219,7 @@ def main() -> None:
     parser.add_argument("--controls", default="controls", help="the study of one-round controls, drawn where it exists")
     parser.add_argument("--model", nargs="+", default=["toy"])
     parser.add_argument("--trait", nargs="+", default=["auth_nats", "enact_authority"])
-    parser.add_argument("--against", nargs="+", default=["plain", "plain@0.5"], help="arms to take differences to")
+    parser.add_argument("--against", nargs="+", default=list(AGAINST), help="arms to take differences to")
     parser.add_argument("--arms", nargs="+", default=["healed", "plain", "plain@0.5"], help="arms to draw")
     parser.add_argument("-o", "--out", type=Path)
     parser.add_argument("--force", action="store_true", help="replace the figure")
@@ -219,14 +227,14 @@ def main() -> None:
     rows = results.read_rows(args.ledger)
     panels = [(model, trait, Study(rows, args.study, model, trait)) for model in args.model for trait in args.trait]
     for model, trait, study in panels:
-        print(f"{model}, {trait}\n\n{table(study, args.against)}\n")
+        controls = controls_of(rows, args.controls, model, trait)
+        print(f"{model}, {trait}\n\n{table(study, args.against, controls)}\n")
     if args.out is None:
         return
     figure = style.new_figure(5.6 * len(args.trait), 0.6 + 4.2 * len(args.model))
     grid = figure.add_gridspec(len(args.model), len(args.trait))
     for at, (model, trait, study) in enumerate(panels):
-        known = any(row.get("study") == args.controls and row["model"] == model for row in rows)
-        controls = Study(rows, args.controls, model, trait) if known else None
+        controls = controls_of(rows, args.controls, model, trait)
         axes = figure.add_subplot(grid[at // len(args.trait), at % len(args.trait)])
         draw(axes, study, controls, args.arms, f"{model}: {trait}")
         axes.set_xlabel(f"shift of {trait} towards the prompt")

@@ -87,7 +87,8 @@ def _place(arm: str, order: Sequence[str]) -> int:
 
 def reach(rows: Rows, study: str, model: str, trait: str) -> str:
     """What examples/headline.py prints: reach and rounds survived of each arm."""
-    return headline.table(headline.Study(rows, study, model, trait), ("plain", "plain@0.5"))
+    controls = headline.controls_of(rows, "controls", model, trait)
+    return headline.table(headline.Study(rows, study, model, trait), headline.AGAINST, controls)
 
 
 def kept_shift(rows: Rows) -> str:

@@ -145,6 +145,17 @@ def test_reach_and_survival(ledger):
     assert lines[2].startswith("| healed | +0.60 ± 0.00 | 60% | +0.05 ± 0.64 | all 2, all 2 |")
 
 
+def test_a_difference_to_a_one_round_control(ledger):
+    found = headline.Study(results.read_rows(ledger), "loops", "toy", "auth_nats")
+    assert headline.controls_of(results.read_rows(ledger), "controls", "toy", "auth_nats") is None
+    for arm, auth, turn in (("base", -2.0, None), ("prompted", -3.0, None), ("distilled", -2.35, 0)):
+        results.append_row(ledger, row(arm, 100, auth, 0.1, turn, study="controls"))
+    controls = headline.controls_of(results.read_rows(ledger), "controls", "toy", "auth_nats")
+    lines = headline.table(found, ("plain", "distilled", "nobody"), controls).splitlines()
+    # the one seed that both have
+    assert lines[2].startswith("| healed | +0.60 ± 0.00 | 60% | +0.05 ± 0.64 | +0.25 | - |")
+
+
 def test_judgments_that_tell_too_little_do_not_count(ledger):
     results.append_row(ledger, row("loose", 100, -2.9, 0.1, 0, informedness=0.1))
     assert headline.Study(results.read_rows(ledger), "loops", "toy", "auth_nats").reach("loose") == {"100": 0.0}
