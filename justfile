@@ -86,7 +86,7 @@ study *PARTS:
 tables:
     python examples/headline.py results.tsv --study backtrack --arms healed plain plain@0.5 healed@0.5 short@0.5 -o docs/headline.png --force
     python examples/headline.py results.tsv -o docs/headline-gentle.png --force
-    python examples/headline.py results.tsv --study backtrack --model toy:rare toy:never -o docs/headline-variants.png --force
+    python examples/headline.py results.tsv --study backtrack --model toy:rare toy:never --arms healed plain plain@0.5 healed@0.5 short@0.5 -o docs/headline-variants.png --force
     python examples/tables.py
 
 # what the filter keeps of 160 completions that were labelled by reading
