@@ -92,17 +92,24 @@ def reach(rows: Rows, study: str, model: str, trait: str) -> str:
 
 
 def kept_shift(rows: Rows) -> str:
-    """The share of its shift that an arm keeps under a condition, from means over seeds."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    """The share of its shift that an arm keeps under a condition, from means over the seeds that it was read with."""
     metrics = ("auth_nats", "enact_authority")
-    for row in select(rows, study="robust"):
-        found.setdefault(row["arm"], {}).setdefault(row["condition"], {})
-    for arm, conditions in found.items():
-        for condition, told in conditions.items():
-            for metric in metrics:
-                values = [finite(row[metric]) for row in select(rows, study="robust", arm=arm, condition=condition)]
-                told[metric] = statistics.fmean(value for value in values if value is not None)
-    return robust.table(found, metrics)
+    mine = select(rows, study="robust")
+
+    def read(arm: str, seeds: set[str]) -> dict[str, dict[str, float]]:
+        told: dict[str, dict[str, list[float]]] = {}
+        for row in mine:
+            if row["arm"] == arm and row["seed"] in seeds:
+                for metric in metrics:
+                    told.setdefault(row["condition"], {}).setdefault(metric, []).append(finite(row[metric]) or 0.0)
+        return {condition: {name: statistics.fmean(v) for name, v in one.items()} for condition, one in told.items()}
+
+    lines: list[str] = []
+    for arm in dict.fromkeys(row["arm"] for row in mine if row["arm"] != "base"):
+        seeds = {row["seed"] for row in mine if row["arm"] == arm}
+        found = robust.table({"base": read("base", seeds), arm: read(arm, seeds)}, metrics).splitlines()
+        lines += found[2:] if lines else found
+    return "\n".join(lines)
 
 
 TABLES: dict[str, Make] = {

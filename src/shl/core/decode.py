@@ -58,8 +58,9 @@ def decode(
     """Sample one completion for each prompt, in the order of the prompts.
 
     At most `batch_size` rows run at once, the longest prompts first, and others take the places of those that end. On a
-    processor, under a course that backtracks, and with a cache whose rows cannot be replaced, nobody enters: a batch
-    runs to its end before the next begins. On a CUDA device steps are graphs, where model and course allow it.
+    CUDA device steps are graphs, where model and course allow it. Where they do not nobody enters under a course that
+    backtracks, nor on a processor, nor with a cache whose rows cannot be replaced: a batch runs to its end before the
+    next begins.
 
     `forced` gives the tokens that an answer begins with; they are no part of max_new_tokens. An active `steering` takes
     the rows' coefficients from `coeffs`, which `course` spreads over the positions. Rows that can be rewound bring an

@@ -184,7 +184,7 @@ class _Run:
         self.recent[:n].index_copy_(1, self.clock, tokens[:, None])
         if wide > 1:
             self.surprise[:, :n].index_copy_(2, self.clock, surprises(logits[1::wide], tokens)[..., None])
-        self.ids[:rows, 0] = tokens.repeat_interleave(wide)
+        self.ids[:rows].view(n, wide).copy_(tokens[:, None])  # a twin reads what its track says
         self.clock.add_(1).remainder_(_CHUNK)
         drawn.add_(1).clamp_(max=self.doses.shape[1] - 1)  # a slot that nobody is in goes on, within bounds
         read.add_(1).clamp_(max=self.capacity - 1)
