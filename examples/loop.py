@@ -34,8 +34,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "plain": {"reg": "nll"},
     "tight": {"reg": "kl_rev", "agg": "rmse", "ref": "base", "tau": 0.25},
     "loose": {"reg": "kl_rev", "agg": "rmse", "ref": "base", "tau": 0.75},
-    "short": {"reg": "kl_rev", "agg": "rmse", "ref": "base", "shortest": 16},
     "looser": {"reg": "kl_rev", "agg": "rmse", "ref": "base", "tau": 1.0},
+    "short": {"reg": "kl_rev", "agg": "rmse", "ref": "base", "shortest": 16},
     "mean": {"reg": "kl_rev", "agg": "mean", "ref": "base"},
     "prev": {"reg": "kl_rev", "agg": "rmse", "ref": "prev"},
 }

@@ -101,7 +101,8 @@ def kept_shift(rows: Rows) -> str:
         for row in mine:
             if row["arm"] == arm and row["seed"] in seeds:
                 for metric in metrics:
-                    told.setdefault(row["condition"], {}).setdefault(metric, []).append(finite(row[metric]) or 0.0)
+                    if (value := finite(row[metric])) is not None:
+                        told.setdefault(row["condition"], {}).setdefault(metric, []).append(value)
         return {condition: {name: statistics.fmean(v) for name, v in one.items()} for condition, one in told.items()}
 
     lines: list[str] = []
