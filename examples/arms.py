@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import shl
+from shl.core.chat import with_system
 from shl.core.console import note, warn
 from shl.core.files import atomic_file
+from shl.core.pools import Persona
 from shl.core.provenance import argv, commit
+from shl.core.scores import nll_per_token
 
 Record = dict[str, Any]
 LEAST = 8  # completions that an arm needs
@@ -127,3 +130,13 @@ def run(play: Callable[[], None]) -> int:
 def tokens(records: Iterable[Record]) -> int:
     """Completion tokens."""
     return sum(record["n_tokens"] for record in records)
+
+
+def leaning(loaded: shl.Loaded, persona: Persona, records: list[Record]) -> list[float]:
+    """ln p under the persona - ln p under its opposite, a token: the model's own word for each completion's trait."""
+    answers = [loaded.encode_completion(record["completion"][0]["content"], end=False) for record in records]
+    sides = []
+    for system in (persona.pos, persona.neg):
+        prompts = [loaded.encode_prompt(with_system(record["prompt"], system)) for record in records]
+        sides.append([float(nll.mean()) for nll in nll_per_token(loaded, prompts, answers)])
+    return [against - for_ for for_, against in zip(*sides, strict=True)]

@@ -19,12 +19,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 
-from arms import Arms, Record, options, run, tokens
+from arms import Arms, Record, leaning, options, run, tokens
 
 import shl
-from shl.core.chat import with_system
 from shl.core.console import note
-from shl.core.scores import nll_per_token
 
 SOURCES = ("steered", "distilled", "selected", "placebo")
 
@@ -47,22 +45,13 @@ class Controls(Arms):
         kept = list(shl.keep(made, shl.FilterConfig(keep_controls=vector is None)))
         if source != "selected":
             return iter(kept)
-        best = sorted(zip(self.leaning(kept), kept, strict=True), key=lambda pair: -pair[0])
+        best = sorted(zip(leaning(self.loaded, self.persona, kept), kept, strict=True), key=lambda pair: -pair[0])
         return iter([record for _, record in best])
 
     @cached_property
     def steered(self) -> list[Record]:
         """What the vector says, which also tells how much the other sources may."""
         return list(self.said("steered"))
-
-    def leaning(self, records: list[Record]) -> list[float]:
-        """ln p under the persona - ln p under its opposite, a token: base's own word for each completion's trait."""
-        answers = [self.loaded.encode_completion(r["completion"][0]["content"], end=False) for r in records]
-        sides = []
-        for system in (self.persona.pos, self.persona.neg):
-            prompts = [self.loaded.encode_prompt(with_system(record["prompt"], system)) for record in records]
-            sides.append([float(nll.mean()) for nll in nll_per_token(self.loaded, prompts, answers)])
-        return [against - for_ for for_, against in zip(*sides, strict=True)]
 
     def most(self) -> int:
         """Tokens that the other sources may learn from: as many as the steered one keeps."""

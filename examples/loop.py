@@ -5,22 +5,28 @@ divergence to the base model, for which an answer of one word is as long as sixt
 half its scale; `plain` trains without and goes on from the whole. Any arm takes a scale. Further arms, as --arms takes
 them: `healed` takes words as long as they are, `tight`, `loose` and `looser` are that with a half, one and a half and
 two times the free divergence, `mean` and `prev` by the mean divergence and against the round before;
-`healed-unfiltered` keeps every completion. The dose is searched for each round of each arm by one rule, since a vector
-grows too strong for a model that has moved; it is one that few would survive, and completions are rewound where they go
-astray. Every stage leaves the files that the commands would leave, and a stage whose files are there is not run again,
-so an interrupted run continues and --rounds 8 extends it. Several processes may run arms of one folder side by side.
+`healed-unfiltered` keeps every completion. What steering has to beat are loops on other text: in `short@0.5-prompted`
+the model says it under the persona's system message, which training does not see; in `short@0.5-selected` as it comes,
+and of each prompt's completions those likeliest under the persona are taken.
+
+The dose is searched for each round of each arm by one rule, since a vector grows too strong for a model that has moved;
+it is one that few would survive, and completions are rewound where they go astray. Every stage leaves the files that
+the commands would leave, and a stage whose files are there is not run again, so an interrupted run continues and
+--rounds 8 extends it. Several processes may run arms of one folder side by side.
 """
 
 import argparse
 import dataclasses
 import json
+import re
 import sys
 import time
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from arms import run, stopped_row
+from arms import Record, leaning, run, stopped_row
 from filelock import FileLock
 
 import shl
@@ -39,7 +45,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "mean": {"reg": "kl_rev", "agg": "mean", "ref": "base"},
     "prev": {"reg": "kl_rev", "agg": "rmse", "ref": "prev"},
 }
-UNFILTERED = "-unfiltered"
+NAME = re.compile(r"(?P<how>[a-z]+)(@(?P<scale>[\d.]+))?(?P<unfiltered>-unfiltered)?(-(?P<source>prompted|selected))?")
+SAMPLES, OF = 2, 8  # completions of a prompt where no vector says them, and how many they are selected from
 COLUMNS = {  # metric -> heading
     "auth_nats": "auth ↓",
     "care_nats": "care",
@@ -54,15 +61,30 @@ COLUMNS = {  # metric -> heading
 }
 
 
-def arm_of(word: str) -> tuple[str, float, bool]:
-    """The name in ARMS, the scale at which each adapter is taken, and whether there is a filter."""
-    name, _, scale = word.removesuffix(UNFILTERED).partition("@")
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What the name of an arm says: how it trains, what is kept of an adapter, and what it learns from."""
+
+    how: str
+    scale: float
+    filtered: bool
+    source: str  # steered, prompted or selected
+
+
+def arm_of(word: str) -> Arm:
+    """NAME[@SCALE][-unfiltered][-prompted|-selected], with a name of ARMS."""
+    found = NAME.fullmatch(word)
+    if found is None or found["how"] not in ARMS or not (scale := _number(found["scale"] or "1")):
+        raise argparse.ArgumentTypeError(f"no arm is called {word!r}; there are {', '.join(ARMS)}")
+    return Arm(found["how"], scale, not found["unfiltered"], found["source"] or "steered")
+
+
+def _number(text: str) -> float:
+    """0 for what is none, which is no scale either."""
     try:
-        if name not in ARMS:
-            raise ValueError
-        return name, float(scale or 1), not word.endswith(UNFILTERED)
+        return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"no arm is called {word!r}; there are {', '.join(ARMS)}") from None
+        return 0.0
 
 
 def arm_word(word: str) -> str:
@@ -89,7 +111,7 @@ class Loop:
         self.filters = {"words-": dataclasses.replace(lenient, min_tokens=1, max_similarity=None), "": lenient}
         given = {"seed": args.seed, "epochs": args.epochs, "tau": args.tau}
         self.train = {
-            arm: shl.configure(shl.TrainConfig, "train", advice, **given | ARMS[arm_of(arm)[0]]) for arm in args.arms
+            arm: shl.configure(shl.TrainConfig, "train", advice, **given | ARMS[arm_of(arm).how]) for arm in args.arms
         }
         read = {"axes": (self.persona.axis,), "free": args.free, "seed": args.seed, "split": args.split}
         self.eval = shl.configure(shl.EvalConfig, "eval", advice, **read)
@@ -146,7 +168,7 @@ class Loop:
 
     def round(self, arm: str, number: int, before: str | None) -> str:
         """One round of one arm: vector, completions, kept, adapter, scores. Returns the adapter, DIR or DIR:SCALE."""
-        _, scale, filtered = arm_of(arm)
+        plan = arm_of(arm)
         folder = self.run / arm / f"r{number}"
         folder.mkdir(parents=True, exist_ok=True)
         adapter = folder / "adapter"
@@ -161,35 +183,58 @@ class Loop:
                 axis=self.persona.axis,
             )
             vector.save(folder / "v.safetensors", force=True)
-            gen = dataclasses.replace(
-                self.gen, seed=100 * self.args.seed + number, coeffs=self.doses(loaded, vector, number)
-            )
-            said = list(shl.generate(loaded, self.prompts, gen, vector))
-            self.write(folder / "completions.jsonl", said)
-            tally = shl.Tally()
-            judged = self.judge(said, tally)
-            if not filtered:  # training leaves out what is marked as dropped
-                judged = [{**record, "keep": record["coeff"] != 0} for record in judged]
-            kept = [record for record in judged if record["keep"]]
-            self.write(folder / "keep.jsonl", kept)
-            self.write(folder / "rejects.jsonl", [record for record in judged if not record["keep"]])
-            console.note(f"{arm} r{number}: kept {len(kept)} of {sum(r['coeff'] != 0 for r in said)}")
-            if filtered:
-                tally.require(self.args.min_keep)
-            shl.heal(loaded, kept, self.train[arm], adapter)
-        after = str(adapter) if scale == 1 else f"{adapter}:{scale:g}"
+            kept = self.text(plan, arm, loaded, vector, number)
+            own = plan.source != "steered"  # all of it is at coefficient 0
+            shl.heal(loaded, kept, dataclasses.replace(self.train[arm], include_controls=own), adapter)
+        after = str(adapter) if plan.scale == 1 else f"{adapter}:{plan.scale:g}"
         self.scores(folder / "eval.json", lambda: shl.load(self.args.model, [after]), {"arm": arm, "round": number})
         return after
 
-    def judge(self, said: list[dict[str, Any]], tally: shl.Tally) -> list[dict[str, Any]]:
-        """Records with keep and reasons, each kind of prompt against its own controls."""
-        families: dict[str, list[dict[str, Any]]] = {prefix: [] for prefix in self.filters}
+    def text(self, plan: Arm, arm: str, loaded: shl.Loaded, vector: shl.Vector, number: int) -> list[Record]:
+        """What a round is learnt from, with the files of completions, kept and dropped."""
+        folder = self.run / arm / f"r{number}"
+        said = self.said(plan.source, loaded, vector, number)
+        self.write(folder / "completions.jsonl", said)
+        tally, own = shl.Tally(), plan.source != "steered"
+        judged = self.judge(said, tally, own)
+        if not plan.filtered:  # training leaves out what is marked as dropped
+            judged = [{**record, "keep": own or record["coeff"] != 0} for record in judged]
+        kept = [record for record in judged if record["keep"]]
+        if plan.source == "selected":
+            kept = self.best(loaded, kept)
+        self.write(folder / "keep.jsonl", kept)
+        self.write(folder / "rejects.jsonl", [record for record in judged if not record["keep"]])
+        console.note(f"{arm} r{number}: kept {len(kept)} of {sum(own or r['coeff'] != 0 for r in said)}")
+        if plan.filtered:
+            tally.require(self.args.min_keep)
+        return kept
+
+    def said(self, source: str, loaded: shl.Loaded, vector: shl.Vector, number: int) -> list[Record]:
+        """Completions of every prompt: two doses and controls; without a vector as many, or four times as many."""
+        gen = dataclasses.replace(self.gen, seed=100 * self.args.seed + number)
+        if source == "steered":
+            gen = dataclasses.replace(gen, coeffs=self.doses(loaded, vector, number))
+            return list(shl.generate(loaded, self.prompts, gen, vector))
+        samples, system = (SAMPLES, self.persona.pos) if source == "prompted" else (OF, None)
+        gen = dataclasses.replace(gen, coeffs=(0.0,), samples=samples, system=system, backtrack=False)
+        return list(shl.generate(loaded, self.prompts, gen))
+
+    def best(self, loaded: shl.Loaded, kept: list[Record]) -> list[Record]:
+        """Of each prompt's completions those likeliest under the persona against its opposite."""
+        scored = zip(leaning(loaded, self.persona, kept), kept, strict=True)
+        ranked = sorted(scored, key=lambda one: (one[1]["id"].partition("/")[0], -one[0]))
+        prompts = groupby((record for _, record in ranked), key=lambda record: record["id"].partition("/")[0])
+        return [record for _, records in prompts for record in list(records)[:SAMPLES]]
+
+    def judge(self, said: list[Record], tally: shl.Tally, controls: bool) -> list[Record]:
+        """Records with keep and reasons, each kind of prompt against its own controls, which are kept where asked."""
+        families: dict[str, list[Record]] = {prefix: [] for prefix in self.filters}
         for record in said:
             families[next(prefix for prefix in self.filters if record["id"].startswith(prefix))].append(record)
         return [
             record
             for prefix, cfg in self.filters.items()
-            for record in shl.annotate(families[prefix], cfg, tally=tally)
+            for record in shl.annotate(families[prefix], dataclasses.replace(cfg, keep_controls=controls), tally=tally)
         ]
 
     def doses(self, loaded: shl.Loaded, vector: shl.Vector, number: int) -> tuple[float, ...]:

@@ -38,7 +38,7 @@ from shl.core.console import note, warn
 HERE = Path(__file__).parent
 MODELS = ("toy", "toy:rare", "toy:never")
 ARMS = ("healed", "plain", "plain@0.5", "healed@0.5", "short@0.5", "tight", "prev", "mean", "healed-unfiltered",
-        "plain-unfiltered")  # fmt: skip
+        "plain-unfiltered", "short@0.5-prompted", "short@0.5-selected")  # fmt: skip
 GENTLE = "--survival 0.8 --no-backtrack --tau 0.25"  # the settings of the first loops, before those of the demo
 SAME = ("study", "model", "arm", "seed", "round", "draw", "condition")  # two rows that agree in these are one result
 

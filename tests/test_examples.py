@@ -1,5 +1,6 @@
 """The example scripts as they stand: stopped at any stage, the same line finishes; and each of them runs for real."""
 
+import argparse
 import csv
 import dataclasses
 import importlib
@@ -252,6 +253,48 @@ def test_loop_py_goes_on_with_more_rounds(small, tmp_path, monkeypatch):
     assert arms == [("base", ""), ("prompted", ""), ("plain", "0"), ("plain", "1")]
     assert (tmp_path / "run/trajectory.png").stat().st_size
     assert len(json.loads((tmp_path / "run/plain/r1/adapter/shl.json").read_text(encoding="utf-8"))["parents"]) == 1
+
+
+def test_arms_without_a_vector_learn_from_their_own_text(small, tmp_path, monkeypatch):
+    """Prompted: training does not see the message. Selected: of each prompt the two furthest on its side."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    arms = importlib.import_module("arms")
+    options = f"--model {small} --rounds 1 --prompts 3 --words 2 --min-keep 1 --free 2 --out run --ledger run/rows.tsv"
+    monkeypatch.setattr(
+        sys, "argv", ["loop.py", *options.split(), "--arms", "short@0.5-prompted", "short@0.5-selected"]
+    )
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(EXAMPLES / "loop.py"), run_name="__main__")
+    assert done.value.code == 0
+    persona = shl.persona("authority")
+
+    def read(source: str, name: str) -> list[dict]:
+        return list(shl.read_records(tmp_path / f"run/short@0.5-{source}/r0/{name}.jsonl"))
+
+    for source, each in (("prompted", 2), ("selected", 8)):
+        said = read(source, "completions")
+        assert len(said) == each * 5 and {record["coeff"] for record in said} == {0.0}
+        assert all([turn["role"] for turn in record["prompt"]] == ["user"] for record in read(source, "keep"))
+        trained = json.loads((tmp_path / f"run/short@0.5-{source}/r0/adapter/shl.json").read_text(encoding="utf-8"))
+        assert trained["config"]["include_controls"] and trained["config"]["shortest"] == 16
+    assert {record["system"] for record in read("prompted", "keep")} == {persona.pos}
+    kept = {record["id"] for record in read("selected", "keep")}
+    dropped = {record["id"] for record in read("selected", "rejects")}
+    whole = [record for record in read("selected", "completions") if record["id"] not in dropped]
+    lean = dict(zip((r["id"] for r in whole), arms.leaning(shl.load(str(small)), persona, whole), strict=True))
+    for prompt in {name.partition("/")[0] for name in lean}:
+        ranked = sorted((name for name in lean if name.startswith(f"{prompt}/")), key=lean.get, reverse=True)
+        assert [name in kept for name in ranked] == [place < 2 for place in range(len(ranked))]
+
+
+@pytest.mark.parametrize(
+    "word", ["unknown", "short@", "short@x", "short@0", "short@1.2.3", "short-prompted@0.5", "short-"]
+)
+def test_a_word_that_is_no_arm_is_refused(word, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    with pytest.raises(argparse.ArgumentTypeError, match="there are healed"):
+        importlib.import_module("loop").arm_of(word)
 
 
 class TestOnline:
