@@ -48,15 +48,18 @@ class Arms:
         return self.row("base", against=False)
 
     def row(self, name: str, labels: Record | None = None, against: bool = True, **how: Any) -> Record:
-        """One evaluation and its row; `how` goes to shl.evaluate, `name` is the arm unless a label says otherwise."""
+        """One evaluation and its row, `name` the arm unless a label says otherwise; `how` goes to shl.evaluate.
+
+        With a row `steered` there is the share of that shift as well: retain.
+        """
         path = self.out / f"{name}.json"
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
-        base = self.base if against else None
+        base, steered = self.base if against else None, how.pop("steered", None)
         loaded = how.pop("loaded", self.loaded)
         result = shl.evaluate(loaded, how.pop("cfg", self.eval), **how)
         result.pop("rows")
-        result = shl.compare(result, base) if base is not None else result
+        result = shl.compare(result, base, steered) if base is not None else result
         trained = loaded.chain[-1].meta.get("config") if loaded.chain else None
         shl.append_row(self.args.ledger, shl.row_of(result, trained, self.labels(name, labels)))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +73,12 @@ class Arms:
         return {"arm": name, "seed": str(self.args.seed), **study, **(more or {})}
 
     def learn(
-        self, name: str, made: Callable[[], list[Record]], labels: Callable[[list[Record]], Record], **knobs: Any
+        self,
+        name: str,
+        made: Callable[[], list[Record]],
+        labels: Callable[[list[Record]], Record],
+        steered: Record | None = None,
+        **knobs: Any,
     ) -> None:
         """An adapter from the records that `made` gives, and its row; too few leave a row without scores."""
         adapter = self.out / name / "adapter"
@@ -85,7 +93,7 @@ class Arms:
             given = {"seed": self.args.seed, "reg": self.args.reg} | knobs
             cfg = shl.configure(shl.TrainConfig, "train", self.advice, **given)
             shl.heal(self.loaded, records, cfg, adapter)
-        self.row(name, told, loaded=shl.load(self.args.model, [str(adapter)]))
+        self.row(name, told, loaded=shl.load(self.args.model, [str(adapter)]), steered=steered)
 
     def stopped(self, name: str, why: str, labels: Record) -> None:
         """A row without scores, once: that there was nothing to learn from is a result."""

@@ -1,10 +1,12 @@
-"""What healing learns from: python examples/data.py --parts size course price [--model toy] [--seed 0] --out runs/data
+"""What healing learns from: python examples/data.py --parts size course filter price [--model toy] --out runs/data
 
-Three questions of one round each, every arm trained by kl_rev with what the model recommends:
+Questions of one round each, every arm trained by kl_rev with what the model recommends:
 
     size      10, 50 or 200 completions by 2 or 6 epochs, at a dose of sound text and at one of mostly broken text,
               unfiltered; the smaller sets are the beginnings of the larger. Arms such as n50-e6-c0.75
     course    at a strong dose: constant, or with a falling schedule, a gate, backtracking; filtered, 50 completions
+    filter    completions at three doses, all of them and those that pass the filter, by nll and by kl_rev: what is
+              retained of the vector's own shift at the mean dose of what is learnt from. Arms such as nll-kept
     price     what a shift costs before anything is trained: KL per token to base of prompted and of steered text,
               sampled at temperature 1, where it is the mean of ln p(own) - ln p(base). Then one round on steered text
 
@@ -39,6 +41,7 @@ COURSES: dict[str, dict[str, Any]] = {
     "gate": {"gate": "cosine"},
     "backtrack": {"backtrack": True},
 }
+PARTS = ("size", "course", "filter", "price")
 COLUMNS = ("price_prompted", "price_steered", "enact_prompted", "enact_steered", "healed")
 
 
@@ -105,6 +108,24 @@ class Data(Arms):
     def of_course(self, told: Record, records: list[Record]) -> Record:
         return {**told, **self.broken(records)}
 
+    # --- filter ---
+
+    def filter(self) -> None:
+        for which in ("all", "kept"):
+            records = self.mixed[which]
+            dose = round(statistics.fmean(record["coeff"] for record in records), 3)
+            steered = self.row(f"steered-{which}", {"dose": dose}, vector=self.vector, coeff=dose)
+            for reg in ("nll", "kl_rev"):
+                told = partial(self.of_course, {"dose": dose})
+                self.learn(f"{reg}-{which}", partial(list, records), told, steered=steered, reg=reg)
+
+    @cached_property
+    def mixed(self) -> dict[str, list[Record]]:
+        """Completions at every dose, and those of them that pass the filter at its defaults."""
+        cfg = replace(self.gen, coeffs=(0.0, *self.args.mixed))
+        made = list(shl.generate(self.loaded, shl.pool(self.axis)[: self.args.prompts], cfg, self.vector))
+        return {"all": [r for r in made if r["coeff"]], "kept": list(shl.keep(made, shl.FilterConfig()))}
+
     # --- price ---
 
     def price(self) -> None:
@@ -157,16 +178,16 @@ class Data(Arms):
         self.row("base", against=False)
         self.row("prompted", system=self.persona.pos)
         for part in self.args.parts:
-            {"size": self.size, "course": self.course, "price": self.price}[part]()
+            {"size": self.size, "course": self.course, "filter": self.filter, "price": self.price}[part]()
 
 
 # --- the report ---
 
 
 def report_rows(found: list[results.Row], study: str) -> str:
-    """A line for each model and persona, and the rank correlation of each column with the shift after healing."""
+    """A line for each model and persona, means over seeds; how each column ranks with the shift after healing."""
     rows = [row for row in results.distinct(found) if row.get("study", "").partition("-")[0] == study]
-    cells: list[tuple[str, list[float]]] = []
+    cells: dict[str, list[list[float]]] = {}
     for row in rows:
         if row["arm"] != "priced" or not row.get("price_steered"):
             continue
@@ -176,11 +197,12 @@ def report_rows(found: list[results.Row], study: str) -> str:
         healed = number(row, axis) - number(base, axis)
         before = [number(row, name) for name in COLUMNS[:2]]
         before += [number(row, name) - number(base, axis) for name in COLUMNS[2:4]]
-        cells.append((f"{row['model']}, {axis.removeprefix('enact_')}", [*before, healed]))
+        cells.setdefault(f"{row['model']}, {axis.removeprefix('enact_')}", []).append([*before, healed])
+    means = {name: [statistics.fmean(column) for column in zip(*seeds, strict=True)] for name, seeds in cells.items()}
     lines = ["| model, axis | " + " | ".join(COLUMNS) + " |", "| --- |" + " --- |" * len(COLUMNS)]
-    lines += [f"| {name} | " + " | ".join(f"{value:+.2f}" for value in values) + " |" for name, values in cells]
-    columns = list(zip(*(values for _, values in cells), strict=True))
-    if len(cells) > 2:
+    lines += [f"| {name} | " + " | ".join(f"{value:+.2f}" for value in values) + " |" for name, values in means.items()]
+    columns = list(zip(*means.values(), strict=True))
+    if len(means) > 2:
         told = [f"{spearman(column, columns[-1]):+.2f}" for column in columns[:-1]]
         lines.append("| rank correlation with healed | " + " | ".join([*told, ""]) + " |")
     return "\n".join(lines)
@@ -205,13 +227,14 @@ def spearman(xs: Sequence[float], ys: Sequence[float]) -> float:
 def main() -> int:
     """Command line."""
     parser = options(__doc__, "data")
-    parser.add_argument("--parts", nargs="+", default=["size", "course"], choices=("size", "course", "price"))
+    parser.add_argument("--parts", nargs="+", default=["size", "course"], choices=PARTS)
     parser.add_argument("--doses", type=float, nargs="+", default=[0.5, 0.75], help="of size")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 50, 200], help="completions of size")
     parser.add_argument("--epochs", type=int, nargs="+", default=[2, 6], help="of size; the largest holds for course")
     parser.add_argument("--most", type=int, default=50, help="completions of course")
     parser.add_argument("--strong", type=float, default=0.8, help="the dose of course")
-    parser.add_argument("--prompts", type=int, default=48, help="of price")
+    parser.add_argument("--prompts", type=int, default=48, help="of filter and price")
+    parser.add_argument("--mixed", type=float, nargs="+", default=[0.5, 0.75, 1], help="the doses of filter")
     parser.add_argument("--report", type=Path, metavar="LEDGER", help="print what the price predicts, and run nothing")
     args = parser.parse_args()
     if args.report:

@@ -10,6 +10,7 @@ what it has made is used when it is run again. With --commit each job's rows are
     further    the same on the other personas
     controls   what healing has to beat, one round
     data       how much and how broken data; schedules, gate and backtracking as data
+    filter     what is retained of the steered shift, with the filter and without
     price      what prompted and steered text costs in KL, and what comes of it, on three models and three personas
     online     an update for each batch instead of rounds
     robust     the models of `backtrack` under an opposing system message, in a long conversation, in other words;
@@ -104,6 +105,11 @@ def data(args: argparse.Namespace) -> Iterator[Job]:
         yield one_round(args, "data.py", "data", "backtrack", "--parts size course", "toy", seed)
 
 
+def filtered(args: argparse.Namespace) -> Iterator[Job]:
+    for seed in args.seeds:
+        yield one_round(args, "data.py", "filter", "kl_rev-kept", "--parts filter", "toy", seed)
+
+
 def price(args: argparse.Namespace) -> Iterator[Job]:
     for seed in args.seeds:
         for model in args.models:
@@ -141,6 +147,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Job]]] = {
     "further": partial(axes, study="backtrack", more=""),
     "controls": controls,
     "data": data,
+    "filter": filtered,
     "price": price,
     "robust": robust,
     "robust-gentle": partial(robust, study="loops"),

@@ -138,6 +138,20 @@ TABLES: dict[str, Make] = {
         ("arm",),
         ("auth_nats", "enact_authority", "broken", "free_ppl_p90", "n_train", "kept", "data_broken", "data_enact"),
     ),
+    "filter": lambda rows: means(
+        select(rows, study="filter"),
+        ("arm",),
+        (
+            "dose",
+            "n_train",
+            "data_broken",
+            "auth_nats",
+            "retain.auth_nats",
+            "enact_authority",
+            "broken",
+            "free_ppl_p90",
+        ),
+    ),
     "price": partial(data.report_rows, study="price"),
     "online": partial(rounds, study="online", model="toy", metrics=(*READ, "generated", "steps", *INSIDE[:2])),
     **{

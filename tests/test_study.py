@@ -113,9 +113,10 @@ def test_rows_are_committed_as_they_come(ledger, tmp_path, monkeypatch):
 
 
 def test_one_round_scripts_leave_their_rows_once(small, tmp_path):
-    """Size, course and price of the data, then robustness of what was trained; asked again, nothing is run."""
+    """Size, course, filter and price of the data, then robustness of what was trained; asked again, nothing is run."""
     given = f"--model {small} --split dev --seed 3 --free 2 --ledger all.tsv".split()
-    parts = "--parts size course price --sizes 8 10 --epochs 1 --most 8 --doses 0.5 --strong 0.4 --prompts 8 --out data"
+    parts = "--parts size course filter price --sizes 8 10 --epochs 1 --most 8 --doses 0.5 --strong 0.4 --mixed 0.4 0.6"
+    parts += " --prompts 8 --out data"
     trained = "--arm healed=data/n10-e1-c0.5/adapter --conditions plain long --out robust"
     lines = [("data.py", *given, *parts.split()), ("robust.py", *given, *trained.split())]
     for line in lines:
@@ -125,7 +126,12 @@ def test_one_round_scripts_leave_their_rows_once(small, tmp_path):
     rows = results.read_rows(tmp_path / "all.tsv")
     arms = [(one["arm"], one["condition"]) for one in rows]
     sizes, courses = ["n8-e1-c0.5", "n10-e1-c0.5"], ["constant", "linear", "exp", "gate", "backtrack"]
-    assert [arm for arm, condition in arms if not condition] == ["base", "prompted", *sizes, *courses, "priced"]
+    filtered = [f"{arm}-{which}" for which in ("all", "kept") for arm in ("steered", "nll", "kl_rev")]
+    plain = [arm for arm, condition in arms if not condition]
+    assert plain == ["base", "prompted", *sizes, *courses, *filtered, "priced"]
+    shift = {one["arm"]: float(one["auth_nats"]) - float(rows[0]["auth_nats"]) for one in rows if not one["condition"]}
+    retained = {one["arm"]: float(one["retain.auth_nats"]) for one in rows if one["arm"] in filtered[1:3]}
+    assert retained == pytest.approx({arm: shift[arm] / shift["steered-all"] for arm in filtered[1:3]}, rel=1e-3)
     assert arms[-6:] == [(arm, condition) for arm in ("base", "prompted", "healed") for condition in ("plain", "long")]
     priced = next(one for one in rows if one["arm"] == "priced")
     assert float(priced["price_prompted"]) > 0 and float(priced["price_steered"]) > 0
