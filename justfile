@@ -69,7 +69,8 @@ u2 RUN="runs/u2" LEDGER="results.tsv":
         EVAL="--free 128 --label study=u2" REGS="${REGS:-nll nll@0.5 nll@0.75 nll@0.9 kl_rev-rmse kl_rev-mean kl_fwd-rmse kl_fwd-mean wd100 spectral5 \
         kl_rev-rmse,kl_rev-rmse-base kl_rev-rmse,kl_rev-rmse-prev kl_rev-rmse,kl_rev-mean-base kl_rev-rmse,kl_rev-mean-prev \
         kl_rev-rmse,kl_fwd-rmse-base kl_rev-rmse,kl_fwd-rmse-prev kl_rev-rmse,kl_fwd-mean-base kl_rev-rmse,kl_fwd-mean-prev \
-        kl_rev-rmse,nll kl_rev-rmse,nll@0.5 kl_rev-p95 kl_rev-max kl_rev-rmse@0.75 kl_rev-rmse@1.25 kl_rev-rmse@1.5}" \
+        kl_rev-rmse,nll kl_rev-rmse,nll@0.5 kl_rev-p95 kl_rev-max \
+        $(for arm in nll kl_rev-rmse kl_rev-mean kl_fwd-rmse kl_fwd-mean wd100 spectral5 kl_rev-p95 kl_rev-max; do for scale in 0.25 0.5 0.75 1.25 1.5; do printf ' %s@%s' $arm $scale; done; done)}" \
         examples/sweep
     python examples/matched.py {{LEDGER}} --study u2
 
@@ -84,6 +85,7 @@ study *PARTS:
 
 # the headline figure, and every table of docs/results.md, from the ledger
 tables:
+    python examples/frontier.py results.tsv --study u2 -o docs/frontier.png --force
     python examples/headline.py results.tsv --study backtrack --arms healed plain plain@0.5 healed@0.5 short@0.5 -o docs/headline.png --force
     python examples/headline.py results.tsv -o docs/headline-gentle.png --force
     python examples/headline.py results.tsv --study backtrack --model toy:rare toy:never --arms healed plain plain@0.5 healed@0.5 short@0.5 -o docs/headline-variants.png --force

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import data
+import frontier
 import headline
 import matched
 import robust
@@ -60,16 +61,33 @@ def means(rows: Iterable[results.Row], by: Sequence[str], metrics: Sequence[str]
 
 def u2(rows: Rows, study: str = "u2", second: bool = False) -> str:
     """The arms of the first round, or of the second, whose names hold a comma."""
-    return means((row for row in select(rows, study=study) if ("," in row["arm"]) is second), ("arm",), READ)
+    found = (row for row in unscaled(rows, study) if ("," in row["arm"]) is second)
+    return means(found, ("arm",), READ)
+
+
+def unscaled(rows: Rows, study: str) -> Rows:
+    """Arms as they were trained, and plain training at every scale; the others' scales are a table of their own."""
+    return [row for row in select(rows, study=study) if "@" not in row["arm"] or "nll@" in row["arm"]]
 
 
 def u2_matched(rows: Rows, study: str = "u2") -> str:
     """Against scaled nll at the same trait, as examples/matched.py prints it."""
     by_arm: dict[str, dict[str, results.Row]] = {}
-    for row in select(rows, study=study):
+    for row in unscaled(rows, study):
         by_arm.setdefault(row["arm"], {})[row["seed"]] = row
     tables = (matched.table(by_arm, "nll", "base", "auth_nats", metric) for metric in ("broken", "enact_authority"))
     return "\n\n".join("\n".join(lines) for lines in tables)
+
+
+def frontier_scales(rows: Rows, study: str) -> str:
+    """Shift and broken answers at each scale of each regulariser."""
+    return frontier.by_scale(*frontier.frontiers(rows, study), "auth_nats", "broken")
+
+
+def frontier_matched(rows: Rows, study: str) -> str:
+    """Each regulariser's frontier against that of plain training, as examples/frontier.py prints it."""
+    found, base = frontier.frontiers(rows, study)
+    return frontier.against(found, base, "nll", "auth_nats", ("broken", "enact_authority"))
 
 
 def rounds(rows: Rows, study: str, model: str, metrics: Sequence[str]) -> str:
@@ -116,6 +134,8 @@ def kept_shift(rows: Rows) -> str:
 TABLES: dict[str, Make] = {
     "u2": u2,
     "u2-matched": u2_matched,
+    "u2-frontier": partial(frontier_scales, study="u2"),
+    "u2-frontier-matched": partial(frontier_matched, study="u2"),
     "u2-second": partial(u2, second=True),
     "u2-filtered": partial(u2, study="u2-filtered"),
     "u2-filtered-matched": partial(u2_matched, study="u2-filtered"),

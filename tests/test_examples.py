@@ -218,6 +218,27 @@ def test_arms_are_held_against_a_scaled_one_at_the_same_trait(tmp_path):
     assert told[2:4] == ["| kl_rev | -0.100 ± 0.000 | -0.100, -0.100 |", "| wd | - | -, - |"] and told[4:] == [""]
 
 
+def test_frontiers_are_held_against_the_scaled_one(tmp_path):
+    """nll goes 0, 0.2, 0.8 over shifts 0, 1, 2; an arm 0.1 below it at both of its scales is 0.1 below as a whole."""
+    rows = [("base", 0, 0.0), ("nll@0.5", -1, 0.2), ("nll", -2, 0.8), ("kl@0.5", -0.5, 0.0), ("kl", -1.5, 0.4)]
+    rows += [("kl@1.5", -3, 1.0), ("nll,kl", -1, 0.9)]  # beyond the scaled one, and of a second round
+    for seed in (0, 1):
+        for arm, trait, broken in rows:
+            row = {"arm": arm, "seed": seed, "study": "s", "auth_nats": trait, "broken": broken + 0.1 * seed}
+            append_row(tmp_path / "l.tsv", row)
+    line = [sys.executable, EXAMPLES / "frontier.py", tmp_path / "l.tsv", "--study", "s", "--metric", "broken"]
+    done = subprocess.run([*line, "-o", tmp_path / "f.png"], check=True, capture_output=True, text=True)
+    told = done.stdout.splitlines()
+    assert told[2:4] == [
+        "| nll | +1.00 / 0.25 | +2.00 / 0.85 | - |",
+        "| kl | +0.50 / 0.05 | +1.50 / 0.45 | +3.00 / 1.05 |",
+    ]
+    assert told[-1] == "| kl | -0.100 ± 0.000 | 4 of 6 | 0, 1 |"
+    assert (tmp_path / "f.png").stat().st_size
+    wrong = subprocess.run([*line, "--scaled", "ml"], capture_output=True, text=True)
+    assert wrong.returncode == 1 and "it has nll, kl" in wrong.stderr
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 def test_the_makefile_goes_on_from_what_the_script_left(shell, small, tmp_path):
     folder = shutil.copytree(shell, tmp_path / "run", copy_function=shutil.copy2)
