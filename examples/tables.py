@@ -33,6 +33,7 @@ SHORT = {
     "student_cosine": "cos student",
     "student_share": "share",
 }
+OTHER_TEXT = ("short@0.5-prompted", "short@0.5-selected")  # loops that no vector speaks in
 SHOWN = ("0", "1", "2", "3", "5", "7", "9")  # of ten rounds
 
 
@@ -105,8 +106,9 @@ def _place(arm: str, order: Sequence[str]) -> int:
 
 def reach(rows: Rows, study: str, model: str, trait: str) -> str:
     """What examples/headline.py prints: reach and rounds survived of each arm."""
-    controls = headline.controls_of(rows, "controls", model, trait)
-    return headline.table(headline.Study(rows, study, model, trait), headline.AGAINST, controls)
+    controls, found = headline.controls_of(rows, "controls", model, trait), headline.Study(rows, study, model, trait)
+    rivals = [arm for arm in OTHER_TEXT if arm in found.points]
+    return headline.table(found, (*headline.AGAINST, *rivals), controls)
 
 
 def kept_shift(rows: Rows) -> str:
