@@ -117,7 +117,7 @@ def draw(axes: Any, found: Frontiers, base: Seeds, trait: str, metric: str) -> N
         for seeds in scales.values():
             moved = statistics.fmean(shift(row, base, trait) for row in seeds.values())
             spots.append((moved, statistics.fmean(number(row, metric) for row in seeds.values())))
-        axes.plot(*zip(*spots, strict=True), color=look["color"], linewidth=1.2, zorder=2)
+        axes.plot(*zip(*spots, strict=True), color=look["color"], linestyle=look["linestyle"], linewidth=1.2, zorder=2)
         for scale, spot in zip(scales, spots[1:], strict=True):
             fill = look["color"] if scale == 1 else "white"
             axes.plot(*spot, marker=look["marker"], color=fill, markeredgecolor=look["color"], markersize=5, zorder=3)

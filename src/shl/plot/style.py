@@ -153,8 +153,10 @@ def label(arm: str) -> str:
 
 
 def look(index: int) -> dict[str, Any]:
-    """Colour and marker of the arm with this index."""
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "linewidth": 1.4}
+    """Colour, marker and line of the arm with this index; where colours begin anew, lines are dashed."""
+    line = "-" if index < len(COLOURS) else "--"
+    colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+    return {"color": colour, "marker": marker, "linewidth": 1.4, "linestyle": line}
 
 
 def hollow(index: int | None) -> dict[str, Any]:
