@@ -87,6 +87,11 @@ def test_what_the_figure_shows() -> None:
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"kl_rev", "nll", "base", "prompted"}
 
 
+def test_no_two_of_fourteen_arms_look_alike() -> None:
+    looks = {(look["color"], look["marker"], look["linestyle"]) for look in map(style.look, range(14))}
+    assert len(looks) == 14
+
+
 def test_round_labels_that_coincide_are_written_once() -> None:
     rows = [row("nll", turn, -3.0) | {"care_nats": -1.0} for turn in range(3)]
     plane = plot._draw(*plot._gather(rows)).axes[0]
