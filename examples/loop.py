@@ -109,7 +109,7 @@ class Loop:
         # sure than a sentence: words are held to words.
         lenient = shl.FilterConfig(rel_nats=None)
         self.filters = {"words-": dataclasses.replace(lenient, min_tokens=1, max_similarity=None), "": lenient}
-        given = {"seed": args.seed, "epochs": args.epochs, "tau": args.tau}
+        given = {"seed": args.seed, "epochs": args.epochs, "tau": args.tau, "checkpointing": args.checkpointing}
         self.train = {
             arm: shl.configure(shl.TrainConfig, "train", advice, **given | ARMS[arm_of(arm).how]) for arm in args.arms
         }
@@ -337,6 +337,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--words", type=int, default=48, help="small wrongs a round, to be told in one word")
     parser.add_argument("--epochs", type=int, default=4, help="epochs of training: the more text, the fewer")
     parser.add_argument("--tau", type=float, default=0.5, help="nats of divergence that cost nothing")
+    parser.add_argument("--checkpointing", action="store_true", help="train a large model in less memory")
     parser.add_argument("--min-keep", type=int, default=8, help="an arm with fewer kept completions stops")
     parser.add_argument("--free", type=int, default=128, help="free answers read in each evaluation")
     parser.add_argument("--split", default="test", choices=("dev", "test"))
