@@ -226,7 +226,7 @@ class Loop:
         prompts = groupby((record for _, record in ranked), key=lambda record: record["id"].partition("/")[0])
         return [record for _, records in prompts for record in list(records)[:SAMPLES]]
 
-    def judge(self, said: list[Record], tally: shl.Tally, controls: bool) -> list[Record]:
+    def judge(self, said: list[Record], tally: shl.Tally, controls: bool = False) -> list[Record]:
         """Records with keep and reasons, each kind of prompt against its own controls, which are kept where asked."""
         families: dict[str, list[Record]] = {prefix: [] for prefix in self.filters}
         for record in said:

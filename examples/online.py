@@ -55,7 +55,8 @@ class Online(Loop):
     """The run: the factors of one adapter, their optimiser, and what every batch does to them."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        super().__init__(argparse.Namespace(**vars(args), arms=[], epochs=None, backtrack=False))
+        loop = {"arms": [], "epochs": None, "backtrack": False, "checkpointing": False}  # what is the rounds' alone
+        super().__init__(argparse.Namespace(**vars(args), **loop))
         self.args.arms = [args.arm]  # of the table
         self.folder = self.run / args.arm
         self.loaded = shl.load(args.model)
