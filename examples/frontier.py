@@ -1,10 +1,10 @@
 """Each regulariser over the scales of its adapter: python examples/frontier.py results.tsv --study u2 -o frontier.png
 
 An arm such as kl_rev-rmse@0.5 is the adapter of kl_rev-rmse read at half its scale; without a scale it is read whole.
-Printed are two tables. The first has the shift of the trait and the share of broken answers at each scale, means over
-seeds. The second holds each arm's whole frontier against that of the scaled arm: at every scale the difference at the
-same trait (see matched.py), the mean of these for each seed, and its mean over seeds with a 95% interval (Student's t).
-Points whose trait lies beyond the scaled arm's are left out, and their share is told. The figure has both as paths.
+Printed are two tables. The first has the shift of the trait and the first metric at each scale, means over seeds. The
+second holds each arm's whole frontier against that of the scaled arm: at every scale the difference at the same trait
+(see matched.py), the mean of these for each seed, and its mean over seeds with a 95% interval (Student's t). Points
+whose trait lies beyond the scaled arm's are left out, and their number is told. The figure has both as paths.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matched import curve, half, height
+from matched import curve, height, interval
 
 from shl import results
 from shl.core.metrics import finite
@@ -24,20 +24,20 @@ Frontiers = dict[str, dict[float, Seeds]]  # arm -> scale -> seed -> row
 NAMES = {"broken": "broken free answers", "enact_authority": "free answers that enact authority"}
 
 
-def frontiers(rows: Iterable[results.Row], study: str, start: str = "base") -> tuple[Frontiers, Seeds]:
+def frontiers(rows: Iterable[results.Row], study: str) -> tuple[Frontiers, Seeds]:
     """First-round arms of a study by scale, and the rows at scale 0."""
     found: Frontiers = {}
     base: Seeds = {}
     for row in results.distinct(rows):
         if row.get("study") != study or "," in row["arm"] or not row.get("auth_nats"):
             continue
-        if row["arm"] == start:
+        if row["arm"] == "base":
             base[row["seed"]] = row
             continue
         arm, _, scale = row["arm"].partition("@")
         found.setdefault(arm, {}).setdefault(float(scale or 1), {})[row["seed"]] = row
     if not base:
-        raise SystemExit(f"frontier: the ledger has no row of arm {start} in study {study}")
+        raise SystemExit(f"frontier: the ledger has no row of arm base in study {study}")
     return {arm: dict(sorted(scales.items())) for arm, scales in found.items()}, base
 
 
@@ -55,7 +55,7 @@ def number(row: results.Row, name: str) -> float:
 def by_scale(found: Frontiers, base: Seeds, trait: str, metric: str) -> str:
     """Shift / metric of each arm at each scale."""
     scales = sorted({scale for one in found.values() for scale in one})
-    lines = ["| shift / broken at scale | " + " | ".join(f"{scale:g}" for scale in scales) + " |"]
+    lines = [f"| shift / {metric} at scale | " + " | ".join(f"{scale:g}" for scale in scales) + " |"]
     lines.append("| --- |" + " --- |" * len(scales))
     for arm, one in found.items():
         cells = [cell(one.get(scale, {}), base, trait, metric) for scale in scales]
@@ -81,7 +81,7 @@ def against(found: Frontiers, base: Seeds, scaled: str, trait: str, metrics: Seq
         cells = []
         for metric in metrics:
             means = differences(scales, theirs, trait, metric)
-            cells.append(told([statistics.fmean(values) for values in means.values() if values]))
+            cells.append(interval([statistics.fmean(values) for values in means.values() if values], 3))
         points, held = sum(map(len, scales.values())), sum(map(len, means.values()))
         lines.append("| " + " | ".join([arm, *cells, f"{held} of {points}", ", ".join(means)]) + " |")
     return "\n".join(lines)
@@ -99,13 +99,6 @@ def differences(
             if there is not None:
                 mine.append(number(row, metric) - there)
     return dict(sorted(found.items()))
-
-
-def told(values: Sequence[float]) -> str:
-    """Mean over seeds and 95% interval."""
-    if len(values) < 2:
-        return "".join(f"{value:+.3f}" for value in values) or "-"
-    return f"{statistics.fmean(values):+.3f} ± {half(values):.3f}"
 
 
 def draw(axes: Any, found: Frontiers, base: Seeds, trait: str, metric: str) -> None:

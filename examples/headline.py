@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matched import half
+from matched import interval
 from study import ARMS as ORDER
 
 from shl import results
@@ -114,13 +114,6 @@ def mean(points: Iterable[Point]) -> Point:
     return Point(*map(statistics.fmean, zip(*points, strict=True)))
 
 
-def told(values: Sequence[float]) -> str:
-    """Mean and 95% interval over seeds."""
-    if len(values) < 2:
-        return "".join(f"{value:+.2f}" for value in values) or "-"
-    return f"{statistics.fmean(values):+.2f} ± {half(values):.2f}"
-
-
 def controls_of(rows: Rows, study: str, model: str, trait: str) -> Study | None:
     """The one-round controls of a model, where the ledger has any."""
     known = any(row.get("study") == study and row["model"] == model for row in rows)
@@ -138,11 +131,11 @@ def table(study: Study, against: Sequence[str], controls: Study | None = None) -
         for other in against:
             where = study if controls is None or other in study.points else controls
             theirs = where.reach(other) if other in where.points and other != arm else {}
-            differences.append(told([reach[seed] - theirs[seed] for seed in reach if seed in theirs]))
+            differences.append(interval([reach[seed] - theirs[seed] for seed in reach if seed in theirs]))
         turns = len(study.points[arm])
         rounds = ", ".join(f"{n}" if n < turns else f"all {n}" for n in survived.values())
         share = f"{statistics.fmean(reach.values()) / prompted:.0%}" if prompted else "-"
-        cells = [arm, told(list(reach.values())), share, *differences, rounds, ", ".join(reach)]
+        cells = [arm, interval(list(reach.values())), share, *differences, rounds, ", ".join(reach)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

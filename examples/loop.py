@@ -70,6 +70,11 @@ class Arm:
     filtered: bool
     source: str  # steered, prompted or selected
 
+    @property
+    def own(self) -> bool:
+        """Whether no vector speaks, so that everything is at coefficient 0."""
+        return self.source != "steered"
+
 
 def arm_of(word: str) -> Arm:
     """NAME[@SCALE][-unfiltered][-prompted|-selected], with a name of ARMS."""
@@ -184,8 +189,7 @@ class Loop:
             )
             vector.save(folder / "v.safetensors", force=True)
             kept = self.text(plan, arm, loaded, vector, number)
-            own = plan.source != "steered"  # all of it is at coefficient 0
-            shl.heal(loaded, kept, dataclasses.replace(self.train[arm], include_controls=own), adapter)
+            shl.heal(loaded, kept, dataclasses.replace(self.train[arm], include_controls=plan.own), adapter)
         after = str(adapter) if plan.scale == 1 else f"{adapter}:{plan.scale:g}"
         self.scores(folder / "eval.json", lambda: shl.load(self.args.model, [after]), {"arm": arm, "round": number})
         return after
@@ -195,16 +199,16 @@ class Loop:
         folder = self.run / arm / f"r{number}"
         said = self.said(plan.source, loaded, vector, number)
         self.write(folder / "completions.jsonl", said)
-        tally, own = shl.Tally(), plan.source != "steered"
-        judged = self.judge(said, tally, own)
+        tally = shl.Tally()
+        judged = self.judge(said, tally, plan.own)
         if not plan.filtered:  # training leaves out what is marked as dropped
-            judged = [{**record, "keep": own or record["coeff"] != 0} for record in judged]
+            judged = [{**record, "keep": plan.own or record["coeff"] != 0} for record in judged]
         kept = [record for record in judged if record["keep"]]
         if plan.source == "selected":
             kept = self.best(loaded, kept)
         self.write(folder / "keep.jsonl", kept)
         self.write(folder / "rejects.jsonl", [record for record in judged if not record["keep"]])
-        console.note(f"{arm} r{number}: kept {len(kept)} of {sum(own or r['coeff'] != 0 for r in said)}")
+        console.note(f"{arm} r{number}: kept {len(kept)} of {sum(plan.own or r['coeff'] != 0 for r in said)}")
         if plan.filtered:
             tally.require(self.args.min_keep)
         return kept

@@ -40,13 +40,20 @@ def half(values: Sequence[float]) -> float:
     return T.get(len(values) - 1, 1.96) * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def interval(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and 95% interval over seeds; of one seed its value."""
+    if len(values) < 2:
+        return "".join(f"{value:+.{digits}f}" for value in values) or "-"
+    return f"{statistics.fmean(values):+.{digits}f} ± {half(values):.{digits}f}"
+
+
 def told(differences: list[float | None]) -> str:
     """Mean, interval and each difference."""
     found = [one for one in differences if one is not None]
     each = ", ".join("-" if one is None else f"{one:+.3f}" for one in differences)
     if len(found) < 2:
         return f"- | {each}"
-    return f"{statistics.fmean(found):+.3f} ± {half(found):.3f} | {each}"
+    return f"{interval(found, 3)} | {each}"
 
 
 def table(rows: Rows, scaled: str, start: str, trait: str, metric: str) -> list[str]:
