@@ -62,22 +62,27 @@ faults *ARGS:
 kills *ARGS:
     PYTHONPATH=tests python -m kills {{ARGS}}
 
-# every regulariser by three seeds on unfiltered text, base against prev in a second round (an hour of one core; resumes)
+# the regularisers of Q1, and each of them at every scale of its adapter
+_frontier:
+    @for arm in nll kl_rev-rmse kl_rev-mean kl_fwd-rmse kl_fwd-mean wd100 spectral5 kl_rev-p95 kl_rev-max; do \
+        echo $arm; for scale in 0.25 0.5 0.75 1.25 1.5; do echo $arm@$scale; done; done
+
+# every regulariser by five seeds on unfiltered text, base against prev in a second round (two hours of one core; resumes)
 u2 RUN="runs/u2" LEDGER="results.tsv":
-    PERSONA=authority SPLIT=test SEEDS="${SEEDS:-100 101 102}" RUN={{RUN}} LEDGER={{LEDGER}} GEN="-n 32 --coeff 0,0.5,0.75,1" \
+    PERSONA=authority SPLIT=test SEEDS="${SEEDS:-100 101 102 103 104}" RUN={{RUN}} LEDGER={{LEDGER}} GEN="-n 32 --coeff 0,0.5,0.75,1" \
         LATER="-n 32 --coeff 0,0.1,0.2,0.35" FILTER="--rel-ppl none --rel-tail-ppl none --rel-nats none --max-rep none --max-similarity none --min-tokens 1 --allow-narration --allow-refusal" \
-        EVAL="--free 128 --label study=u2" REGS="${REGS:-nll nll@0.5 nll@0.75 nll@0.9 kl_rev-rmse kl_rev-mean kl_fwd-rmse kl_fwd-mean wd100 spectral5 \
+        EVAL="--free 128 --label study=u2" REGS="${REGS:-$(just _frontier) nll@0.9 \
         kl_rev-rmse,kl_rev-rmse-base kl_rev-rmse,kl_rev-rmse-prev kl_rev-rmse,kl_rev-mean-base kl_rev-rmse,kl_rev-mean-prev \
         kl_rev-rmse,kl_fwd-rmse-base kl_rev-rmse,kl_fwd-rmse-prev kl_rev-rmse,kl_fwd-mean-base kl_rev-rmse,kl_fwd-mean-prev \
-        kl_rev-rmse,nll kl_rev-rmse,nll@0.5 kl_rev-p95 kl_rev-max \
-        $(for arm in nll kl_rev-rmse kl_rev-mean kl_fwd-rmse kl_fwd-mean wd100 spectral5 kl_rev-p95 kl_rev-max; do for scale in 0.25 0.5 0.75 1.25 1.5; do printf ' %s@%s' $arm $scale; done; done)}" \
+        kl_rev-rmse,nll kl_rev-rmse,nll@0.5}" \
         examples/sweep
     python examples/matched.py {{LEDGER}} --study u2
 
-# the same arms on text that has passed the filter: is it the filter or the regulariser that heals?
+# the same arms on text that has passed the filter: is it the filter or the regulariser that heals? (an hour of one core)
 u2-filtered RUN="runs/u2-filtered" LEDGER="results.tsv":
     PERSONA=authority SPLIT=test SEEDS="${SEEDS:-100 101 102}" RUN={{RUN}} LEDGER={{LEDGER}} GEN="-n 64 --coeff 0,0.5,0.75,1" \
-        EVAL="--free 128 --label study=u2-filtered" REGS="${REGS:-nll nll@0.5 nll@0.75 kl_rev-rmse kl_rev-mean}" examples/sweep
+        EVAL="--free 128 --label study=u2-filtered" REGS="${REGS:-$(just _frontier)}" examples/sweep
+    python examples/frontier.py {{LEDGER}} --study u2 u2-filtered
 
 # the study behind docs/results.md: loops, axes, controls, …; goes on where the ledger ends (hours; --list shows what is left)
 study *PARTS:

@@ -1,5 +1,8 @@
 """Each regulariser over the scales of its adapter: python examples/frontier.py results.tsv --study u2 -o frontier.png
 
+--study takes several: u2 u2-filtered crosses the filter with the regulariser, and names the second's arms nll-filtered
+and so on, held against the first's nll.
+
 An arm such as kl_rev-rmse@0.5 is the adapter of kl_rev-rmse read at half its scale; without a scale it is read whole.
 Printed are two tables. The first has the shift of the trait and the first metric at each scale, means over seeds. The
 second holds each arm's whole frontier against that of the scaled arm: at every scale the difference at the same trait
@@ -22,6 +25,15 @@ from shl.plot import style
 Seeds = dict[str, results.Row]
 Frontiers = dict[str, dict[float, Seeds]]  # arm -> scale -> seed -> row
 NAMES = {"broken": "broken free answers", "enact_authority": "free answers that enact authority"}
+
+
+def crossed(rows: Sequence[results.Row], studies: Sequence[str]) -> tuple[Frontiers, Seeds]:
+    """Arms of several studies, of which the later say theirs in their names; all share the base of the first."""
+    found, base = frontiers(rows, studies[0])
+    for study in studies[1:]:
+        kind = study.removeprefix(f"{studies[0]}-")
+        found |= {f"{arm}-{kind}": scales for arm, scales in frontiers(rows, study)[0].items()}
+    return found, base
 
 
 def frontiers(rows: Iterable[results.Row], study: str) -> tuple[Frontiers, Seeds]:
@@ -123,16 +135,16 @@ def main() -> None:
     """Print both tables; with -o draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ledger", type=Path)
-    parser.add_argument("--study", default="u2")
+    parser.add_argument("--study", nargs="+", default=["u2"])
     parser.add_argument("--scaled", default="nll", help="the arm that the others are held against")
     parser.add_argument("--trait", default="auth_nats")
     parser.add_argument("--metric", nargs="+", default=["broken", "enact_authority"])
     parser.add_argument("-o", "--out", type=Path)
     parser.add_argument("--force", action="store_true", help="replace the figure")
     args = parser.parse_args()
-    found, base = frontiers(results.read_rows(args.ledger), args.study)
+    found, base = crossed(results.read_rows(args.ledger), args.study)
     if args.scaled not in found:
-        raise SystemExit(f"frontier: study {args.study} has no arm {args.scaled}; it has {', '.join(found)}")
+        raise SystemExit(f"frontier: study {args.study[0]} has no arm {args.scaled}; it has {', '.join(found)}")
     print(by_scale(found, base, args.trait, args.metric[0]), end="\n\n")
     print(against(found, base, args.scaled, args.trait, args.metric))
     if args.out:

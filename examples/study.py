@@ -14,7 +14,7 @@ what it has made is used when it is run again. With --commit each job's rows are
     price      what prompted and steered text costs in KL, and what comes of it, on three models and three personas
     online     an update for each batch instead of rounds
     robust     the models of `backtrack` under an opposing system message, in a long conversation, in other words;
-               robust-gentle: those of `loops`
+               robust-gentle: those of `loops`; robust-other: those that learnt from other text than steered
 
 Choose on --split dev with seeds 0 to 4; report on --split test with seeds 100 to 104.
 """
@@ -118,17 +118,22 @@ def price(args: argparse.Namespace) -> Iterator[Job]:
                 yield one_round(args, "data.py", f"price-{persona}", "priced", more, model, seed)
 
 
-def robust(args: argparse.Namespace, study: str = "backtrack") -> Iterator[Job]:
-    """On the last round of the demo's arm; of the gentle loops also on a third plain one, which is as sound."""
-    last = args.rounds - 1
-    arms = {"short@0.5": f"short@0.5/r{last}/adapter:0.5"}
-    if study == "loops":
-        arms = {"healed": f"healed/r{last}/adapter", "plain@0.5": "plain@0.5/r2/adapter:0.5"}
+# what is read under other conditions, as folders below a seed's: last rounds, and a third plain one, which is as sound
+ROBUST = {
+    "demo": {"short@0.5": "short@0.5/r{last}/adapter:0.5"},
+    "gentle": {"healed": "healed/r{last}/adapter", "plain@0.5": "plain@0.5/r2/adapter:0.5"},
+    "other": {arm: arm + "/r{last}/adapter:0.5" for arm in ("short@0.5-prompted", "short@0.5-selected")},
+}
+
+
+def robust(args: argparse.Namespace, which: str = "demo", study: str = "backtrack") -> Iterator[Job]:
+    """The models that a study has ended with, under the conditions of robust.py."""
+    arms = {arm: where.format(last=args.rounds - 1) for arm, where in ROBUST[which].items()}
     for seed in args.seeds:
         run = f"{args.run}/{study}/toy/s{seed}"
         more = " ".join(f"--arm {arm}={run}/{where}" for arm, where in arms.items())
         job = one_round(args, "robust.py", "robust", list(arms)[-1], more, "toy", seed)
-        yield replace(job, name=f"robust {study} {seed}", needs=tuple(f"{study} toy {seed} {arm}" for arm in arms))
+        yield replace(job, name=f"robust {which} {seed}", needs=tuple(f"{study} toy {seed} {arm}" for arm in arms))
 
 
 def online(args: argparse.Namespace) -> Iterator[Job]:
@@ -150,7 +155,8 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Job]]] = {
     "filter": filtered,
     "price": price,
     "robust": robust,
-    "robust-gentle": partial(robust, study="loops"),
+    "robust-gentle": partial(robust, which="gentle", study="loops"),
+    "robust-other": partial(robust, which="other"),
     "online": online,
 }
 
