@@ -63,7 +63,7 @@ def point(row: Mapping[str, str], base: Mapping[str, str], trait: str, sign: flo
     return Point(sign * (x - y), broken, broken - was, tells / told)
 
 
-class Study:
+class Shifts:
     """One study on one model: points of each arm, by round and seed."""
 
     def __init__(self, rows: Rows, study: str, model: str, trait: str) -> None:
@@ -114,13 +114,13 @@ def mean(points: Iterable[Point]) -> Point:
     return Point(*map(statistics.fmean, zip(*points, strict=True)))
 
 
-def controls_of(rows: Rows, study: str, model: str, trait: str) -> Study | None:
+def controls_of(rows: Rows, study: str, model: str, trait: str) -> Shifts | None:
     """The one-round controls of a model, where the ledger has any."""
     known = any(row.get("study") == study and row["model"] == model for row in rows)
-    return Study(rows, study, model, trait) if known else None
+    return Shifts(rows, study, model, trait) if known else None
 
 
-def table(study: Study, against: Sequence[str], controls: Study | None = None) -> str:
+def table(study: Shifts, against: Sequence[str], controls: Shifts | None = None) -> str:
     """The numbers beside the figure; a difference is to an arm of the study, or else to a one-round control."""
     heads = ["arm", "T@base+2", "of the prompt's", *(f"minus {other}" for other in against), "survived", "seeds"]
     lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
@@ -143,7 +143,7 @@ def table(study: Study, against: Sequence[str], controls: Study | None = None) -
 # --- the figure ---
 
 
-def draw(axes: Any, study: Study, controls: Study | None, arms: Sequence[str], title: str) -> None:
+def draw(axes: Any, study: Shifts, controls: Shifts | None, arms: Sequence[str], title: str) -> None:
     """One panel; the place of an arm among `arms` is its colour."""
     floor = 1 / 256  # half an answer of 128
     for index, arm in enumerate(arms):
@@ -178,7 +178,7 @@ def draw(axes: Any, study: Study, controls: Study | None, arms: Sequence[str], t
     axes.grid(alpha=0.25)
 
 
-def draw_controls(axes: Any, controls: Study, floor: float) -> None:
+def draw_controls(axes: Any, controls: Shifts, floor: float) -> None:
     """Raw steering over its doses as a grey path, random vectors as dots, one-round controls by their names."""
 
     def put(one: Point, marker: str, colour: str, size: float) -> tuple[float, float]:
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="replace the figure")
     args = parser.parse_args()
     rows = results.read_rows(args.ledger)
-    panels = [(model, trait, Study(rows, args.study, model, trait)) for model in args.model for trait in args.trait]
+    panels = [(model, trait, Shifts(rows, args.study, model, trait)) for model in args.model for trait in args.trait]
     for model, trait, study in panels:
         controls = controls_of(rows, args.controls, model, trait)
         print(f"{model}, {trait}\n\n{table(study, args.against, controls)}\n")

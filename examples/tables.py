@@ -17,7 +17,7 @@ import frontier
 import headline
 import matched
 import robust
-from study import ARMS
+from study import ARMS, MODELS
 
 from shl import results
 from shl.core.metrics import finite
@@ -35,6 +35,7 @@ SHORT = {
 }
 OTHER_TEXT = ("short@0.5-prompted", "short@0.5-selected")  # loops that no vector speaks in
 SHOWN = ("0", "1", "2", "3", "5", "7", "9")  # of ten rounds
+BRIEF = ("3", "9")  # where the whole table is folded away
 
 
 def select(rows: Rows, **wanted: str) -> Rows:
@@ -91,10 +92,10 @@ def frontier_matched(rows: Rows, study: str) -> str:
     return frontier.against(found, base, "nll", "auth_nats", ("broken", "enact_authority"))
 
 
-def rounds(rows: Rows, study: str, model: str, metrics: Sequence[str]) -> str:
+def rounds(rows: Rows, study: str, model: str, metrics: Sequence[str], shown: Sequence[str] = SHOWN) -> str:
     """References, then each arm round by round."""
     order = ("base", "prompted", *ARMS)
-    mine = [row for row in select(rows, study=study, model=model) if not row.get("round") or row["round"] in SHOWN]
+    mine = [row for row in select(rows, study=study, model=model) if not row.get("round") or row["round"] in shown]
     mine.sort(key=lambda row: (_place(row["arm"], order), row["arm"], int(row.get("round") or -1)))
     return means(mine, ("arm", "round"), metrics)
 
@@ -106,7 +107,7 @@ def _place(arm: str, order: Sequence[str]) -> int:
 
 def reach(rows: Rows, study: str, model: str, trait: str) -> str:
     """What examples/headline.py prints: reach and rounds survived of each arm."""
-    controls, found = headline.controls_of(rows, "controls", model, trait), headline.Study(rows, study, model, trait)
+    controls, found = headline.controls_of(rows, "controls", model, trait), headline.Shifts(rows, study, model, trait)
     rivals = [arm for arm in OTHER_TEXT if arm in found.points]
     return headline.table(found, (*headline.AGAINST, *rivals), controls)
 
@@ -174,17 +175,30 @@ TABLES: dict[str, Make] = {
             "free_ppl_p90",
         ),
     ),
+    **{
+        f"{study}{model.replace('toy:', '-').removeprefix('toy')}-brief": partial(
+            rounds,
+            study=study,
+            model=model,
+            metrics=("auth_nats", "enact_authority", "broken", "free_ppl_p90"),
+            shown=BRIEF,
+        )
+        for study in ("loops", "backtrack")
+        for model in MODELS
+    },
     "price": partial(data.report_rows, study="price"),
     "online": partial(rounds, study="online", model="toy", metrics=(*READ, "generated", "steps", *INSIDE[:2])),
     **{
-        f"{study}-{axis}": partial(
+        f"{study}-{axis}{kind}": partial(
             rounds,
             study=f"{study}-{axis}",
             model="toy",
             metrics=(f"enact_{axis}", f"agree_{axis}", "broken", "free_ppl_p90", "auth_nats", "facts"),
+            shown=shown,
         )
         for study in ("loops", "backtrack")
         for axis in ("boldness", "humanity")
+        for kind, shown in (("", SHOWN), ("-brief", BRIEF))
     },
 }
 

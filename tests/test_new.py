@@ -63,6 +63,20 @@ def test_make_runs_every_step_of_every_arm(tmp_path):
 
 
 @make
+def test_an_arm_on_prompted_text_is_the_same_loop_without_a_vector(tmp_path):
+    create(tmp_path / "run", rounds=2)
+    lines = plan("ARMS=healed@0.5-prompted", "SYSTEM=--system 'Be bold.'", cwd=tmp_path / "run")
+    assert [line.split()[1] for line in lines[2:-2]] == ["gen", "filter", "train", "eval"] * 2
+    first, later = ([line for line in lines if f"prompted/r{turn}/" in line] for turn in (0, 1))
+    assert "--system 'Be bold.'" in lines[1] and "--system 'Be bold.'" in first[0] and "--vec" not in str(lines)
+    assert "--keep-controls" in first[1] and "--include-controls" in first[2] and "--reg kl_rev" in first[2]
+    assert "--adapter" not in first[0] and "--steered" not in first[3]
+    before = "--adapter ./healed@0.5-prompted/r0/adapter:0.5 "
+    assert before in later[0] and before in later[2]
+    assert "--adapter healed@0.5-prompted/r1/adapter:0.5 " in later[3]
+
+
+@make
 def test_make_does_only_what_is_left(tmp_path):
     create(tmp_path / "run", rounds=1)
     for name in ("base.json", "prompted.json", "healed/r0/v.safetensors", "healed/r0/completions.jsonl"):

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from conftest import STORIES
 from shl.core.models import load
+from shl.core.pools import persona
 
 BIN = Path(sys.executable).parent
 POS = "You do not defer to authority and instead stick to principle no matter your involvement."
@@ -101,6 +103,21 @@ def test_plain_peft_loads_the_first_round_on_base_and_the_second_on_the_baked_fi
         with torch.no_grad():
             theirs = PeftModel.from_pretrained(plain, run / adapter)(ids).logits
             assert torch.allclose(theirs, load("toy", [str(run / adapter)]).model(ids).logits, atol=1e-4)
+
+
+def test_a_persona_is_distilled_from_its_prompt_and_never_read_in_training(run: Path, tmp_path: Path) -> None:
+    sh("shl gen --persona humanity --samples 2 -n 8 | shl filter --keep-controls > prompted.jsonl", tmp_path)
+    text = shlex.quote(persona("humanity").pos)
+    sh(f"shl gen --system {text} --pool humanity --samples 2 -n 8 -o said.jsonl", tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "prompted.jsonl").read_text(encoding="utf-8").splitlines()]
+    said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text(encoding="utf-8").splitlines()]
+    texts = {row["id"]: row["completion"] for row in said}
+    assert len(rows) > 8 and all(row["completion"] == texts[row["id"]] for row in rows)  # the name is the text
+    assert all(message["role"] != "system" for row in rows for message in row["prompt"])
+    refused = sh("shl train prompted.jsonl -o d", tmp_path, code=1)
+    assert "--include-controls" in refused.stderr
+    sh("shl train prompted.jsonl --include-controls --epochs 1 -o d", tmp_path)
+    sh("shl gen --persona humanity --system x", tmp_path, code=2)
 
 
 def test_eval_writes_one_object_and_a_ledger_row(run: Path) -> None:

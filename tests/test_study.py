@@ -143,7 +143,7 @@ def test_one_round_scripts_leave_their_rows_once(small, tmp_path):
 
 
 def test_reach_and_survival(ledger):
-    found = headline.Study(results.read_rows(ledger), "loops", "toy", "auth_nats")
+    found = headline.Shifts(results.read_rows(ledger), "loops", "toy", "auth_nats")
     assert found.reach("healed") == pytest.approx({"100": 0.6, "101": 0.6})
     assert found.reach("plain") == pytest.approx({"100": 0.5, "101": 0.6})  # its second round is beyond base + 2 points
     assert found.survived("healed") == {"100": 2, "101": 2} and found.survived("plain") == {"100": 1, "101": 1}
@@ -152,7 +152,7 @@ def test_reach_and_survival(ledger):
 
 
 def test_a_difference_to_a_one_round_control(ledger):
-    found = headline.Study(results.read_rows(ledger), "loops", "toy", "auth_nats")
+    found = headline.Shifts(results.read_rows(ledger), "loops", "toy", "auth_nats")
     assert headline.controls_of(results.read_rows(ledger), "controls", "toy", "auth_nats") is None
     for arm, auth, turn in (("base", -2.0, None), ("prompted", -3.0, None), ("distilled", -2.35, 0)):
         results.append_row(ledger, row(arm, 100, auth, 0.1, turn, study="controls"))
@@ -164,7 +164,7 @@ def test_a_difference_to_a_one_round_control(ledger):
 
 def test_judgments_that_tell_too_little_do_not_count(ledger):
     results.append_row(ledger, row("loose", 100, -2.9, 0.1, 0, informedness=0.1))
-    assert headline.Study(results.read_rows(ledger), "loops", "toy", "auth_nats").reach("loose") == {"100": 0.0}
+    assert headline.Shifts(results.read_rows(ledger), "loops", "toy", "auth_nats").reach("loose") == {"100": 0.0}
 
 
 def test_the_figure_is_drawn(ledger, tmp_path):

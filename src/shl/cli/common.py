@@ -170,6 +170,15 @@ def _refuse_other_chain(specs: Sequence[str], parents: bool, expected: Sequence[
         )
 
 
+def system_of(system: str | None, persona: str | None) -> str | None:
+    """The system text that --system gives, or the positive side of the bundled persona that --persona names."""
+    if persona is None:
+        return system
+    if system is not None:
+        raise usage("give either --system or --persona", "--persona")
+    return pools.persona(persona).pos
+
+
 def prompts_for(source: str | None, pool: str | None, artifact: Mapping[str, Any] | None) -> list[Prompt]:
     """The prompts of a file or stdin, else those of a bundled pool: the one named, or that of the vector's axis."""
     if source is not None:

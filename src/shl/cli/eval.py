@@ -18,10 +18,11 @@ from shl.cli.common import (
     numbers,
     settle,
     shown,
+    system_of,
     usage,
     vector_header,
 )
-from shl.core import console, files, lm_eval, pools, ranks, records
+from shl.core import console, files, lm_eval, ranks, records
 from shl.core.defaults import EvalConfig
 from shl.core.evaluations import read_evaluation
 
@@ -38,10 +39,8 @@ def command(
     out: options.OutRecords = None,
     vec: options.Vec = None,
     coeff: Annotated[float | None, Option(metavar="C", help="Coefficient of --vec.")] = None,
-    system: Annotated[str | None, Option(metavar="TEXT", help="System text of every prompt.")] = None,
-    persona: Annotated[
-        str | None, Option(metavar="NAME", help="Bundled persona whose positive side is the system text.")
-    ] = None,
+    system: options.System = None,
+    persona: options.Persona = None,
     baseline: Annotated[
         Path | None, Option(metavar="FILE", help="Evaluation of the base: adds delta and a verdict that knows it.")
     ] = None,
@@ -135,10 +134,7 @@ def command(
         out, per_row, append = Path(os.devnull), None, None
     if (vec is None) != (coeff is None):
         raise usage("--vec and --coeff go together")
-    if persona is not None:
-        if system is not None:
-            raise usage("give either --system or --persona", "--persona")
-        system = pools.persona(persona).pos
+    system = system_of(system, persona)
     for name, given in (("--steered", steered), ("--prompted", prompted)):
         if given is not None and baseline is None:
             raise usage("needs --baseline", name)

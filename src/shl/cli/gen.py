@@ -23,11 +23,12 @@ from shl.cli.common import (
     prompts_for,
     settle,
     shown,
+    system_of,
     usage,
     vector_header,
 )
 from shl.cli.live import Survival
-from shl.core import console, files, ranks, records
+from shl.core import console, files, pools, ranks, records
 from shl.core.defaults import DoseConfig, GenConfig
 from shl.core.errors import ShlError
 from shl.core.part import PartFile
@@ -120,7 +121,7 @@ def command(
         int | None, Option(metavar="N", min=1, help=f"Samples for each coefficient. [{GenConfig.samples}]")
     ] = None,
     pool: Annotated[
-        str | None, Option(metavar="NAME", help=f"Bundled prompts. [the vector's axis, else {POOL}]")
+        str | None, Option(metavar="NAME", help=f"Bundled prompts. [the axis of --vec or --persona, else {POOL}]")
     ] = None,
     count: Annotated[
         int | None, Option("--limit", "-n", metavar="N", min=1, help=f"Prompts at most. [{POOL_PROMPTS} of a pool]")
@@ -142,7 +143,8 @@ def command(
         Option(metavar="P", min=0, max=1, help=f"Drop tokens below P x the likeliest. [{GenConfig.min_p:g}]"),
     ] = None,
     greedy: Annotated[bool | None, Option("--greedy", help="Take the likeliest token instead of sampling.")] = None,
-    system: Annotated[str | None, Option(metavar="TEXT", help="System text put before every prompt's own.")] = None,
+    system: options.System = None,
+    persona: options.Persona = None,
     no_score: Annotated[bool | None, Option("--no-score", help="Do not measure under the base model.")] = None,
     shared_noise: Annotated[
         bool | None, Option("--shared-noise", help="The same noise at every coefficient, for paired reading.")
@@ -166,7 +168,9 @@ def command(
     """Sample completions, steered by a vector.
 
     For each prompt and coefficient, scored under the base model. Model, chain and pool come with the vector. Rows
-    at coefficient 0 are controls, which shl filter measures the others by.
+    at coefficient 0 are controls, which shl filter measures the others by. Without --vec all rows are such: plain
+    text, or that of a persona as a mere prompt, which filter and train take with --keep-controls and
+    --include-controls.
     """
     begin(quiet, verbose, shared=True)
     ranks.refuse_stdin(prompts)
@@ -174,6 +178,7 @@ def command(
         raise usage("needs -o FILE, since a pipe keeps nothing", "--resume")
     if prompts is not None and pool is not None:
         raise usage("give either PROMPTS or --pool", "--pool")
+    system = system_of(system, persona)
     auto = coeff == "auto"
     if auto and vec is None:
         raise usage("auto needs --vec", "--coeff")
@@ -201,6 +206,8 @@ def command(
         flags["limit"] = POOL_PROMPTS
     cfg = settle(GenConfig, flags, "gen", ref)
     _refuse_idle(cfg, flags)
+    if persona is not None and artifact is None and prompts is None:
+        pool = pool or pools.persona(persona).axis
     asked = prompts_for(prompts, pool, artifact)
     settings = _settings(cfg, asked, ref.id, ref.revision, chain_given(adapter), vec, artifact)
     if auto:  # the target stands for the coefficient, which nobody knows yet

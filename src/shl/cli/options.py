@@ -36,6 +36,12 @@ Dtype = Annotated[
     str | None, Option("--dtype", help="float32, bfloat16 or float16. [float32 on CPU, bfloat16 on a GPU]")
 ]
 Seed = Annotated[int | None, Option("--seed", metavar="N", help="Seed of everything random. [0]")]
+System = Annotated[
+    str | None, Option("--system", metavar="TEXT", help="System text, before any that a prompt has of its own.")
+]
+Persona = Annotated[
+    str | None, Option("--persona", metavar="NAME", help="Bundled persona whose positive side is the system text.")
+]
 OutFile = Annotated[Path, Option("--out", "-o", metavar="FILE", help="File to write.")]
 OutDir = Annotated[Path, Option("--out", "-o", metavar="DIR", help="Directory to write.")]
 OutRecords = Annotated[

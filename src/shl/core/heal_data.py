@@ -38,17 +38,20 @@ class Example:
 
 def select(records: Iterable[dict[str, Any]], cfg: TrainConfig, source: str = "the records") -> list[dict[str, Any]]:
     """The records to learn from: kept ones, and without controls unless the configuration wants them."""
-    seen = 0
+    seen = controls = 0
     used = []
     for record in records:
         seen += 1
         control = record.get("coeff") == 0 and not cfg.include_controls
+        controls += control
         if record.get("keep") is not False and not control and record["completion"][0]["content"]:
             used.append(record)
     if used:
         return used
     if not seen:
         raise ShlError(f"{source} holds no records", hint="make some: shl gen --vec v.safetensors | shl filter")
+    if controls == seen:  # text that no vector has spoken in: a persona as a mere prompt, most likely
+        raise ShlError(f"all {seen} records of {source} are controls", hint="learn from them with --include-controls")
     raise ShlError(
         f"{source} holds {seen} records, and none to train on: all were dropped, are controls, or are empty",
         hint="look at the reasons with: shl filter --all, and try other coefficients or limits",

@@ -60,7 +60,7 @@ def personas() -> dict[str, Persona]:
 def persona(name: str) -> Persona:
     """One bundled persona pair."""
     if name not in personas():
-        raise ShlError(f"no persona {name!r}", hint=f"bundled: {', '.join(personas())}; or give --pos and --neg")
+        raise ShlError(f"no persona {name!r}", hint=f"bundled: {', '.join(personas())}; or give a text of your own")
     return personas()[name]
 
 
