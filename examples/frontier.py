@@ -127,8 +127,26 @@ def draw(axes: Any, found: Frontiers, base: Seeds, trait: str, metric: str) -> N
             fill = look["color"] if scale == 1 else "white"
             axes.plot(*spot, marker=look["marker"], color=fill, markeredgecolor=look["color"], markersize=5, zorder=3)
     axes.set_xlabel(f"shift of {trait} (nats)")
-    axes.set_title(NAMES.get(metric, metric), loc="left", fontsize=10)
     axes.grid(alpha=0.25)
+
+
+def pictured(rows: Sequence[results.Row], studies: Sequence[str], trait: str, metrics: Sequence[str]) -> Any:
+    """A row of panels for each study, on the same axes and with the same colours."""
+    figure = style.new_figure(5.6 * len(metrics), 4.2 * len(studies) + 0.4)
+    first: dict[str, Any] = {}
+    for above, study in enumerate(studies):
+        found, base = frontiers(rows, study)
+        for at, metric in enumerate(metrics):
+            where = (len(studies), len(metrics), above * len(metrics) + at + 1)
+            shared = first.get(metric)
+            axes = figure.add_subplot(*where, sharex=shared, sharey=shared)
+            first.setdefault(metric, axes)
+            draw(axes, found, base, trait, metric)
+            axes.set_title(
+                NAMES.get(metric, metric) + (f", {study}" if len(studies) > 1 else ""), loc="left", fontsize=10
+            )
+    style.legend(figure, list(frontiers(rows, studies[0])[0]))
+    return figure
 
 
 def main() -> None:
@@ -142,17 +160,14 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path)
     parser.add_argument("--force", action="store_true", help="replace the figure")
     args = parser.parse_args()
-    found, base = crossed(results.read_rows(args.ledger), args.study)
+    rows = results.read_rows(args.ledger)
+    found, base = crossed(rows, args.study)
     if args.scaled not in found:
         raise SystemExit(f"frontier: study {args.study[0]} has no arm {args.scaled}; it has {', '.join(found)}")
     print(by_scale(found, base, args.trait, args.metric[0]), end="\n\n")
     print(against(found, base, args.scaled, args.trait, args.metric))
     if args.out:
-        figure = style.new_figure(5.6 * len(args.metric), 4.6)
-        for at, metric in enumerate(args.metric):
-            draw(figure.add_subplot(1, len(args.metric), at + 1), found, base, args.trait, metric)
-        style.legend(figure, list(found))
-        style.save(figure, args.out, args.force)
+        style.save(pictured(rows, args.study, args.trait, args.metric), args.out, args.force)
 
 
 if __name__ == "__main__":

@@ -383,6 +383,22 @@ def test_a_missing_part_is_told(tmp_path: Path, part: str) -> None:
     write_report(run, tmp_path / "r.html")
 
 
+def test_text_that_no_vector_speaks_in_lacks_none(tmp_path: Path) -> None:
+    run = build(tmp_path / "run", arms=("healed",))
+    for turn in ("r0", "r1"):
+        (run / "healed" / turn / "v.safetensors").unlink()
+    assert [name for name in told(run) if "v.safetensors" in name] == [
+        "healed/r0/v.safetensors",
+        "healed/r1/v.safetensors",
+    ]
+    for turn in ("r0", "r1"):
+        path = run / "healed" / turn / "completions.jsonl"
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        put_lines(path, [row | {"vector": None} for row in rows])
+    assert not [name for name in told(run) if "v.safetensors" in name]
+    assert gather(run)["persona"] == {"name": None, "axis": None, "pos": "You stick to principle."}
+
+
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize(
     "content",

@@ -254,7 +254,7 @@ def test_nothing_to_train_on_says_what_to_do(tiny, tmp_path):
     with pytest.raises(ShlError, match=r"keep\.jsonl holds no records") as error:
         heal(tiny(), [], FAST, tmp_path / "a", source="keep.jsonl")
     assert error.value.code == 1 and "shl gen" in error.value.hint
-    with pytest.raises(ShlError, match="all 3 records of p.jsonl are controls") as error:
+    with pytest.raises(ShlError, match=r"all 3 records of p\.jsonl are controls") as error:
         heal(tiny(), make_records(3, coeff=0.0), FAST, tmp_path / "a", source="p.jsonl")
     assert "--include-controls" in error.value.hint
     with pytest.raises(ShlError, match="holds 3 records, and none"):

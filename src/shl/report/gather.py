@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from shl import __version__
-from shl.core.errors import InputError
+from shl.core.errors import InputError, ShlError
 from shl.core.provenance import read_header
+from shl.core.records import read_lines
 from shl.core.runs import REFERENCES, Round, Scored, rounds
 from shl.plot import FLOOR
 from shl.report.artifacts import read_artifacts
@@ -81,11 +82,22 @@ def _missing(root: Path, found: list[Round], notes: Notes) -> None:
                 break
     for one in found:
         piped = ("completions.jsonl",) if one.said else ()  # a pipe leaves what its filter wrote, which is as much
+        if _vectorless(one):
+            piped += ("v.safetensors",)
         gap = next((part for part in _EXPECTED if part not in piped and not (one.folder / part).exists()), None)
         if gap is not None:
             _lacks(one.folder / gap, gap, notes)
         if (one.folder / "adapter").is_dir() and not (one.folder / "adapter" / "log.jsonl").is_file():
             _lacks(one.folder / "adapter" / "log.jsonl", "adapter/log.jsonl", notes)
+
+
+def _vectorless(one: Round) -> bool:
+    """Whether no vector speaks in a round's text, as its first completion says; one that cannot be read says nothing."""
+    try:
+        first = next((row for _, row in read_lines(str(one.said[0]))), {}) if one.said else {}
+    except (ShlError, OSError):
+        return False
+    return first.get("vector", "") is None
 
 
 def _lacks(path: Path, part: str, notes: Notes) -> None:
@@ -129,7 +141,7 @@ def _persona(found: list[Round], rows: list[Row], notes: Notes) -> dict[str, Any
         if header is not None and isinstance(header.get("personas"), dict):
             return {name: text(header["personas"].get(name)) for name in ("name", "axis", "pos", "neg")}
     system = next((row["system"] for row in rows if row["kind"] == "prompted"), None)
-    return {"name": None, "axis": None, "pos": system, "neg": None} if system else {}
+    return {"name": None, "axis": None, "pos": system} if system else {}  # of the other side nothing is known
 
 
 def _shown(row: Row, notes: Notes) -> dict[str, Any]:

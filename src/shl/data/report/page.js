@@ -71,7 +71,9 @@ function summary() {
         "\u201d",
         data.persona.neg
           ? el("span", {}, " against \u201c", visible(data.persona.neg), "\u201d")
-          : " against no system message",
+          : data.persona.neg === null
+            ? " against no system message"
+            : "",
       )
     : null;
   const all = data.columns.length

@@ -43,7 +43,7 @@ function dose() {
     "Dose against what survives",
     "Share of the steered completions that pass the filter, by coefficient; 1 is the shift that the persona prompt " +
       "itself induces. Later rounds are drawn stronger.",
-    gallery(plots, "Nothing was filtered."),
+    gallery(plots, "No steered completions were filtered."),
   );
 }
 
