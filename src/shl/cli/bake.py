@@ -39,9 +39,9 @@ def command(
     quiet: options.Quiet = None,
     verbose: options.Verbose = None,
 ) -> None:
-    """Bake an adapter chain into a checkpoint that plain transformers loads.
+    """Bake an adapter chain into a plain checkpoint.
 
-    With --as lora the chain becomes one adapter that plain peft loads on the base model.
+    transformers loads it. With --as lora the chain becomes one adapter that plain peft loads on the base model.
     """
     begin(quiet, verbose)
     if as_ is not None and as_ not in FORMS:

@@ -125,9 +125,10 @@ def command(
     quiet: options.Quiet = None,
     verbose: options.Verbose = None,
 ) -> None:
-    """Score a model: a moral profile by forced choice, coherence, free answers, competence.
+    """Score a model: moral profile, coherence, answers, competence.
 
-    The model may carry adapters, be steered (--vec with --coeff) or be prompted (--system, --persona).
+    The profile is by forced choice; answers are free ones, read for the persona. The model may carry adapters, be
+    steered (--vec with --coeff) or be prompted (--system, --persona).
     """
     begin(quiet, verbose, shared=True)
     if not ranks.first():  # the first process writes what all of them find

@@ -48,7 +48,7 @@ def command(
     quiet: options.Quiet = None,
     verbose: options.Verbose = None,
 ) -> None:
-    """Turn a vector into a GGUF control vector, or another tool's vector or records into what is read here or there.
+    """Turn vectors or records into another tool's form, or back.
 
     The two names say what to do. v.safetensors to v.gguf: for llama.cpp and repeng. To v.safetensors: from .gguf
     (repeng, llama.cpp), .safetensors (steering-lite) and .pt (persona vectors, subliminal distillation; tensors

@@ -26,7 +26,10 @@ def command(
     quiet: options.Quiet = None,
     verbose: options.Verbose = None,
 ) -> None:
-    """Say what an artifact is: a vector, records, an adapter, an evaluation, a ledger, a model or a run folder."""
+    """Say what an artifact is, and where it came from.
+
+    Of a vector, records, an adapter, an evaluation, a ledger, a model or a run folder.
+    """
     begin(quiet, verbose)
     from shl import info
 

@@ -35,10 +35,11 @@ def command(
     quiet: options.Quiet = None,
     verbose: options.Verbose = None,
 ) -> None:
-    """Draw a run: its path, its response to the dose, or its training; several arms in one figure.
+    """Draw a run: its path, its response to doses, or its training.
 
-    trajectory: authority against care, and coherence, over the rounds (run folders, ledgers). dose: text, survival and
-    trait by coefficient (completion records, run folders, ledgers). training: the logs (run folders, adapters).
+    Several arms share one figure. trajectory: authority against care, and coherence, over the rounds (run folders,
+    ledgers). dose: text, survival and trait by coefficient (completion records, run folders, ledgers). training: the
+    logs (run folders, adapters).
     """
     begin(quiet, verbose)
     chosen = kind or KINDS[0]

@@ -27,10 +27,10 @@ def command(
     quiet: options.Quiet = None,
     verbose: options.Verbose = None,
 ) -> None:
-    """Write one page about a run: did it move, did it stay sane, what does it say now.
+    """Write one page about a run: did it move, did it stay sane?
 
-    Plots, every completion round by round with search and filters, filter accounting, training, and where every
-    artifact came from, in one file that needs no network. What the run lacks is said on the page.
+    What it says now, plots, every completion round by round with search and filters, filter accounting, training, and
+    where every artifact came from, in one file that needs no network. What the run lacks is said on the page.
     """
     begin(quiet, verbose)
     from shl.report import write_report

@@ -33,9 +33,10 @@ def command(
     quiet: options.Quiet = None,
     verbose: options.Verbose = None,
 ) -> None:
-    """Show the ledger as markdown tables: mean, spread, n, seeds and command lines by arm.
+    """Show the ledger as tables: mean, spread, n and seeds by arm.
 
-    Rows of different models, suites, settings or sample sizes are never put into one table.
+    In markdown, with the command lines. Rows of different models, suites, settings or sample sizes are never put
+    into one table.
     """
     begin(quiet, verbose)
     from shl import results

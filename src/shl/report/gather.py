@@ -81,10 +81,9 @@ def _missing(root: Path, found: list[Round], notes: Notes) -> None:
                 _lacks(root / part, part, notes)
                 break
     for one in found:
-        piped = ("completions.jsonl",) if one.said else ()  # a pipe leaves what its filter wrote, which is as much
-        if _vectorless(one):
-            piped += ("v.safetensors",)
-        gap = next((part for part in _EXPECTED if part not in piped and not (one.folder / part).exists()), None)
+        # a pipe leaves what its filter wrote, which is as much
+        spared = {"completions.jsonl": bool(one.said), "v.safetensors": _vectorless(one)}
+        gap = next((part for part in _EXPECTED if not spared.get(part) and not (one.folder / part).exists()), None)
         if gap is not None:
             _lacks(one.folder / gap, gap, notes)
         if (one.folder / "adapter").is_dir() and not (one.folder / "adapter" / "log.jsonl").is_file():
@@ -92,7 +91,7 @@ def _missing(root: Path, found: list[Round], notes: Notes) -> None:
 
 
 def _vectorless(one: Round) -> bool:
-    """Whether no vector speaks in a round's text, as its first completion says; one that cannot be read says nothing."""
+    """Whether no vector speaks in a round's text, as its first completion says, if that can be read."""
     try:
         first = next((row for _, row in read_lines(str(one.said[0]))), {}) if one.said else {}
     except (ShlError, OSError):
