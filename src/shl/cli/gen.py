@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
 from shl.cli import options
+from shl.cli.auto import SURVIVAL, aim_of, begun_with, search
 from shl.cli.common import (
     POOL,
     Where,
@@ -30,14 +31,9 @@ from shl.cli.common import (
 from shl.cli.live import Survival
 from shl.core import console, files, pools, ranks, records
 from shl.core.defaults import DoseConfig, GenConfig
-from shl.core.errors import ShlError
 from shl.core.part import PartFile
 from shl.core.provenance import digest_of, digest_tensors
 from shl.core.trajectory import course_of
-
-if TYPE_CHECKING:
-    from shl.core.models import Loaded
-    from shl.core.vectors import Vector
 
 NAME = "gen"
 NEEDS_ARGUMENTS = False
@@ -48,7 +44,6 @@ Examples:
 """
 
 POOL_PROMPTS = 64  # how many of a bundled pool when -n is not given
-SURVIVAL = 0.5  # what --coeff auto aims at
 
 
 def command(
@@ -180,17 +175,7 @@ def command(
         raise usage("give either PROMPTS or --pool", "--pool")
     system = system_of(system, persona)
     auto = coeff == "auto"
-    if auto and vec is None:
-        raise usage("auto needs --vec", "--coeff")
-    if not auto and (survival is not None or target_kl is not None):
-        raise usage("--survival and --target-kl go with --coeff auto")
-    if survival is not None and target_kl is not None:
-        raise usage("give one of --survival and --target-kl")
-    if to_ceiling and (not auto or target_kl is not None):
-        raise usage("goes with --coeff auto, by survival", "--to-ceiling")
-    aim = {"kl": target_kl} if target_kl is not None else {"survival": SURVIVAL if survival is None else survival}
-    if to_ceiling:
-        aim["to_ceiling"] = True
+    aim = aim_of(auto, vec, survival, target_kl, to_ceiling)
     # auto, and no vector at all, take no advice on coefficients: a stand-in says so
     coeffs = GenConfig.coeffs if auto or (vec is None and coeff is None) else numbers(coeff, "--coeff")
     artifact = vector_header(vec) if vec is not None else None
@@ -210,7 +195,7 @@ def command(
         pool = pool or pools.persona(persona).axis
     asked = prompts_for(prompts, pool, artifact)
     settings = _settings(cfg, asked, ref.id, ref.revision, chain_given(adapter), vec, artifact)
-    if auto:  # the target stands for the coefficient, which nobody knows yet
+    if aim is not None:  # the target stands for the coefficient, which nobody knows yet
         settings["coeffs"] = ["auto", aim]
     target = _target(out, settings, bool(resume), bool(force)) if ranks.first() else None
     begun, complete = ranks.share((target.lines, target.complete) if target else (0, False))
@@ -225,9 +210,9 @@ def command(
         vector = Vector.load(vec) if vec is not None else None
         loaded = load_model(where, ref, artifact, vector)
         chosen = cfg
-        if auto and vector is not None:
+        if aim is not None and vector is not None:
             probe = settle(DoseConfig, {"seed": cfg.seed}, "dose", ref)
-            found = _begun(target) or _search(loaded, vector, asked, aim, probe, cfg)
+            found = begun_with(target) or search(loaded, vector, asked, aim, probe, cfg)
             chosen = replace(cfg, coeffs=(0.0, ranks.share(found)))
         watch = Survival() if console.live() else None
         return generate(loaded, asked, chosen, vector, start=begun, allow_mismatch=bool(allow_mismatch), watch=watch)
@@ -245,44 +230,6 @@ def _refuse_idle(cfg: GenConfig, flags: dict[str, Any]) -> None:
         idle = [name for name in names if flags[name] is not None]
         if idle and getattr(cfg, needed) in ("constant", False):
             raise usage(f"goes with --{needed}", "--" + idle[0].replace("_", "-"))
-
-
-def _begun(target: PartFile | None) -> float | None:
-    """The coefficient that an unfinished file was begun with, so that it is not searched again."""
-    if target is None or not target.lines:
-        return None
-    return next((float(row["coeff"]) for row in records.read_records(target.part) if row["coeff"]), None)
-
-
-def _search(
-    loaded: Loaded,
-    vector: Vector,
-    prompts: list[records.Prompt],
-    aim: dict[str, float],
-    probe: DoseConfig,
-    cfg: GenConfig,
-) -> float:
-    """The coefficient for a probe that is sampled and steered as the run is; by KL, with the same dose everywhere.
-
-    Nothing is rewound: rewinding shrinks any dose until it survives, so that none would be too strong.
-    """
-    from shl.dose import by_kl, by_survival
-
-    try:
-        if "kl" in aim:
-            dose = by_kl(loaded, vector, prompts, aim["kl"], probe, system=cfg.system)
-            met = f"KL to the unsteered model is {dose.value:.3g} nats"
-        else:
-            gen, to = replace(cfg, backtrack=False), bool(aim.get("to_ceiling"))
-            dose = by_survival(loaded, vector, prompts, aim["survival"], probe, gen=gen, to_ceiling=to)
-            met = f"{dose.value:.0%} of the probe survive the filter"
-    except ShlError as error:
-        above = error.code != 3 and "survival" in aim
-        error.hint = "search it with shl dose, which has --ceiling, and give --coeff 0,X"
-        error.hint += ", or take the highest with --to-ceiling" if above else ""
-        raise
-    console.note(f"coefficient {dose.coeff:.4g}, at which {met}")
-    return float(f"{dose.coeff:.4g}")
 
 
 def _settings(
