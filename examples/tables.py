@@ -86,9 +86,10 @@ def frontier_scales(rows: Rows, study: str) -> str:
     return frontier.by_scale(*frontier.frontiers(rows, study), "auth_nats", "broken")
 
 
-def frontier_matched(rows: Rows, study: str) -> str:
+def frontier_matched(rows: Rows, studies: Sequence[str], only: str = "") -> str:
     """Each regulariser's frontier against that of plain training, as examples/frontier.py prints it."""
-    found, base = frontier.frontiers(rows, study)
+    found, base = frontier.crossed(rows, studies)
+    found = {arm: scales for arm, scales in found.items() if arm == "nll" or arm.endswith(only)}
     return frontier.against(found, base, "nll", "auth_nats", ("broken", "enact_authority"))
 
 
@@ -138,7 +139,10 @@ TABLES: dict[str, Make] = {
     "u2": u2,
     "u2-matched": u2_matched,
     "u2-frontier": partial(frontier_scales, study="u2"),
-    "u2-frontier-matched": partial(frontier_matched, study="u2"),
+    "u2-frontier-matched": partial(frontier_matched, studies=("u2",)),
+    "u2-filtered-frontier": partial(frontier_scales, study="u2-filtered"),
+    "u2-filtered-frontier-matched": partial(frontier_matched, studies=("u2-filtered",)),
+    "u2-crossed": partial(frontier_matched, studies=("u2", "u2-filtered"), only="-filtered"),
     "u2-second": partial(u2, second=True),
     "u2-filtered": partial(u2, study="u2-filtered"),
     "u2-filtered-matched": partial(u2_matched, study="u2-filtered"),
