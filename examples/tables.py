@@ -145,7 +145,6 @@ TABLES: dict[str, Make] = {
     "u2-crossed": partial(frontier_matched, studies=("u2", "u2-filtered"), only="-filtered"),
     "u2-second": partial(u2, second=True),
     "u2-filtered": partial(u2, study="u2-filtered"),
-    "u2-filtered-matched": partial(u2_matched, study="u2-filtered"),
     "loops": partial(rounds, study="loops", model="toy", metrics=(*READ, *INSIDE)),
     "loops-rare": partial(rounds, study="loops", model="toy:rare", metrics=READ),
     "loops-never": partial(rounds, study="loops", model="toy:never", metrics=READ),
