@@ -115,8 +115,8 @@ def mean(points: Iterable[Point]) -> Point:
 
 
 def controls_of(rows: Rows, study: str, model: str, trait: str) -> Shifts | None:
-    """The one-round controls of a model, where the ledger has any."""
-    known = any(row.get("study") == study and row["model"] == model for row in rows)
+    """The one-round controls of a model, where the ledger has any that were read for this trait."""
+    known = any(row.get("study") == study and row["model"] == model and row.get(trait) for row in rows)
     return Shifts(rows, study, model, trait) if known else None
 
 
@@ -208,24 +208,35 @@ def main() -> None:
     """Print the table; with -o draw the figure, a panel for each trait and model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ledger", type=Path)
-    parser.add_argument("--study", default="loops")
+    parser.add_argument(
+        "--study", nargs="+", default=["loops"], help="several are rows of panels, as several models are"
+    )
     parser.add_argument("--controls", default="controls", help="the study of one-round controls, drawn where it exists")
     parser.add_argument("--model", nargs="+", default=["toy"])
-    parser.add_argument("--trait", nargs="+", default=["auth_nats", "enact_authority"])
+    parser.add_argument(
+        "--trait",
+        nargs="+",
+        default=["auth_nats", "enact_authority"],
+        help="{axis} is what a study is called behind its -",
+    )
     parser.add_argument("--against", nargs="+", default=list(AGAINST), help="arms to take differences to")
     parser.add_argument("--arms", nargs="+", default=["healed", "plain", "plain@0.5"], help="arms to draw")
     parser.add_argument("-o", "--out", type=Path)
     parser.add_argument("--force", action="store_true", help="replace the figure")
     args = parser.parse_args()
     rows = results.read_rows(args.ledger)
-    panels = [(model, trait, Shifts(rows, args.study, model, trait)) for model in args.model for trait in args.trait]
+    above = [(model, study) for model in args.model for study in args.study]
+    asked = [
+        (model, study, trait.format(axis=study.partition("-")[2])) for model, study in above for trait in args.trait
+    ]
+    panels = [(model, trait, Shifts(rows, study, model, trait)) for model, study, trait in asked]
     for model, trait, study in panels:
         controls = controls_of(rows, args.controls, model, trait)
         print(f"{model}, {trait}\n\n{table(study, args.against, controls)}\n")
     if args.out is None:
         return
-    figure = style.new_figure(5.6 * len(args.trait), 0.6 + 4.2 * len(args.model))
-    grid = figure.add_gridspec(len(args.model), len(args.trait))
+    figure = style.new_figure(5.6 * len(args.trait), 0.6 + 4.2 * len(above))
+    grid = figure.add_gridspec(len(above), len(args.trait))
     for at, (model, trait, study) in enumerate(panels):
         controls = controls_of(rows, args.controls, model, trait)
         axes = figure.add_subplot(grid[at // len(args.trait), at % len(args.trait)])

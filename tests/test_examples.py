@@ -237,6 +237,15 @@ def test_frontiers_are_held_against_the_scaled_one(tmp_path):
     assert (tmp_path / "f.png").stat().st_size
     wrong = subprocess.run([*line, "--scaled", "ml"], capture_output=True, text=True)
     assert wrong.returncode == 1 and "it has nll, kl" in wrong.stderr
+    # a second study is held against the first's scaled arm, and says which it is
+    for seed in (0, 1):
+        for arm, trait, broken in (("base", 0, 0.5), ("nll", -1, 0.1)):
+            row = {"arm": arm, "seed": seed, "study": "s-kept", "auth_nats": trait, "broken": broken + 0.1 * seed}
+            append_row(tmp_path / "l.tsv", row)
+    line[4:5] = ["s", "s-kept"]
+    done = subprocess.run([*line, "-o", tmp_path / "g.png"], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "| nll-kept | -0.100 ± 0.000 | 2 of 2 | 0, 1 |"
+    assert (tmp_path / "g.png").stat().st_size > (tmp_path / "f.png").stat().st_size
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")

@@ -177,6 +177,17 @@ def test_the_figure_is_drawn(ledger, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "h.png").read_bytes()[:4] == b"\x89PNG"
     assert "| healed | +0.60" in done.stdout
+    # controls that were not read for a trait are none; a row of panels for each study, the trait by its name
+    for axis in ("boldness", "humanity"):
+        for arm, said in (("base", 0.3), ("prompted", 0.9), ("healed", 0.8)):
+            turn = 0 if arm == "healed" else None
+            more = {"study": f"loops-{axis}", f"enact_{axis}": said}
+            results.append_row(ledger, row(arm, 100, -2.0, 0.1, turn, **more))
+    studies = ("--study", "loops-boldness", "loops-humanity", "--trait", "enact_{axis}", "-o", "axes.png")
+    done = run("headline.py", ledger, *studies, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "axes.png").exists() and done.stdout.count("| healed | +0.50 | 83% |") == 2
+    assert "toy, enact_boldness\n" in done.stdout and "toy, enact_humanity\n" in done.stdout
 
 
 def test_tables_are_written_between_their_marks(ledger, tmp_path):
