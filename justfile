@@ -94,7 +94,7 @@ tables:
     python examples/headline.py results.tsv --study backtrack --arms healed plain plain@0.5 healed@0.5 short@0.5 short@0.5-prompted short@0.5-selected -o docs/headline.png --force
     python examples/headline.py results.tsv -o docs/headline-gentle.png --force
     python examples/headline.py results.tsv --study backtrack --model toy:rare toy:never --arms plain@0.5 healed@0.5 short@0.5 short@0.5-prompted short@0.5-selected -o docs/headline-variants.png --force
-    python examples/headline.py results.tsv --study backtrack-boldness backtrack-humanity --trait enact_{axis} agree_{axis} --arms plain@0.5 healed@0.5 short@0.5 -o docs/headline-axes.png --force
+    python examples/headline.py results.tsv --study backtrack-boldness backtrack-humanity --trait enact_{axis} agree_{axis} --arms plain@0.5 healed@0.5 short@0.5 short@0.5-prompted -o docs/headline-axes.png --force
     python examples/tables.py
 
 # what the filter keeps of 160 completions that were labelled by reading
