@@ -113,11 +113,11 @@ def differences(
     return dict(sorted(found.items()))
 
 
-def draw(axes: Any, found: Frontiers, base: Seeds, trait: str, metric: str) -> None:
-    """A path for each arm from base on; full marks at scale 1."""
+def draw(axes: Any, found: Frontiers, base: Seeds, names: Sequence[str], trait: str, metric: str) -> None:
+    """A path for each arm from base on, its place among `names` its colour; full marks at scale 1."""
     begin = statistics.fmean(number(row, metric) for row in base.values())
-    for index, scales in enumerate(found.values()):
-        look = style.look(index)
+    for arm, scales in found.items():
+        look = style.look(names.index(arm))
         spots = [(0.0, begin)]
         for seeds in scales.values():
             moved = statistics.fmean(shift(row, base, trait) for row in seeds.values())
@@ -134,18 +134,19 @@ def pictured(rows: Sequence[results.Row], studies: Sequence[str], trait: str, me
     """A row of panels for each study, on the same axes and with the same colours."""
     figure = style.new_figure(5.6 * len(metrics), 4.2 * len(studies) + 0.4)
     first: dict[str, Any] = {}
-    for above, study in enumerate(studies):
-        found, base = frontiers(rows, study)
+    read = [frontiers(rows, study) for study in studies]
+    names = list(dict.fromkeys(arm for found, _ in read for arm in found))
+    for above, (study, (found, base)) in enumerate(zip(studies, read, strict=True)):
         for at, metric in enumerate(metrics):
             where = (len(studies), len(metrics), above * len(metrics) + at + 1)
             shared = first.get(metric)
             axes = figure.add_subplot(*where, sharex=shared, sharey=shared)
             first.setdefault(metric, axes)
-            draw(axes, found, base, trait, metric)
+            draw(axes, found, base, names, trait, metric)
             axes.set_title(
                 NAMES.get(metric, metric) + (f", {study}" if len(studies) > 1 else ""), loc="left", fontsize=10
             )
-    style.legend(figure, list(frontiers(rows, studies[0])[0]))
+    style.legend(figure, names)
     return figure
 
 

@@ -17,7 +17,7 @@ import frontier
 import headline
 import matched
 import robust
-from study import ARMS, MODELS
+from study import ARMS
 
 from shl import results
 from shl.core.metrics import finite
@@ -36,6 +36,7 @@ SHORT = {
 OTHER_TEXT = ("short@0.5-prompted", "short@0.5-selected")  # loops that no vector speaks in
 SHOWN = ("0", "1", "2", "3", "5", "7", "9")  # of ten rounds
 BRIEF = ("3", "9")  # where the whole table is folded away
+LEAST = ("auth_nats", "enact_authority", "broken", "free_ppl_p90")  # and of its columns
 
 
 def select(rows: Rows, **wanted: str) -> Rows:
@@ -145,15 +146,19 @@ TABLES: dict[str, Make] = {
     "u2-crossed": partial(frontier_matched, studies=("u2", "u2-filtered"), only="-filtered"),
     "u2-second": partial(u2, second=True),
     "u2-filtered": partial(u2, study="u2-filtered"),
-    "loops": partial(rounds, study="loops", model="toy", metrics=(*READ, *INSIDE)),
-    "loops-rare": partial(rounds, study="loops", model="toy:rare", metrics=READ),
-    "loops-never": partial(rounds, study="loops", model="toy:never", metrics=READ),
+    **{
+        f"{study}{name}{kind}": partial(rounds, study=study, model=model, metrics=metrics, shown=shown)
+        for study in ("loops", "backtrack")
+        for model, name, whole in (
+            ("toy", "", (*READ, *INSIDE)),
+            ("toy:rare", "-rare", READ),
+            ("toy:never", "-never", READ),
+        )
+        for kind, shown, metrics in (("", SHOWN, whole), ("-brief", BRIEF, LEAST))
+    },
     "reach": partial(reach, study="loops", model="toy", trait="auth_nats"),
     "reach-said": partial(reach, study="loops", model="toy", trait="enact_authority"),
-    "backtrack": partial(rounds, study="backtrack", model="toy", metrics=(*READ, *INSIDE)),
     "backtrack-dev": partial(rounds, study="backtrack-dev", model="toy", metrics=READ),
-    "backtrack-rare": partial(rounds, study="backtrack", model="toy:rare", metrics=READ),
-    "backtrack-never": partial(rounds, study="backtrack", model="toy:never", metrics=READ),
     "backtrack-reach": partial(reach, study="backtrack", model="toy", trait="auth_nats"),
     "backtrack-reach-said": partial(reach, study="backtrack", model="toy", trait="enact_authority"),
     "controls": lambda rows: means(select(rows, study="controls"), ("arm",), READ),
@@ -178,17 +183,6 @@ TABLES: dict[str, Make] = {
             "free_ppl_p90",
         ),
     ),
-    **{
-        f"{study}{model.replace('toy:', '-').removeprefix('toy')}-brief": partial(
-            rounds,
-            study=study,
-            model=model,
-            metrics=("auth_nats", "enact_authority", "broken", "free_ppl_p90"),
-            shown=BRIEF,
-        )
-        for study in ("loops", "backtrack")
-        for model in MODELS
-    },
     "price": partial(data.report_rows, study="price"),
     "online": partial(rounds, study="online", model="toy", metrics=(*READ, "generated", "steps", *INSIDE[:2])),
     **{

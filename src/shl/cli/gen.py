@@ -191,7 +191,7 @@ def command(
         flags["limit"] = POOL_PROMPTS
     cfg = settle(GenConfig, flags, "gen", ref)
     _refuse_idle(cfg, flags)
-    if persona is not None and artifact is None and prompts is None:
+    if persona is not None and artifact is None:
         pool = pool or pools.persona(persona).axis
     asked = prompts_for(prompts, pool, artifact)
     settings = _settings(cfg, asked, ref.id, ref.revision, chain_given(adapter), vec, artifact)
